@@ -1,0 +1,83 @@
+"""Affine quantization of weights, and its inverse. Pure functions: the oracle that kernels and checkpoints are held to.
+
+The rules are compressed-tensors': symmetric scales are ``absmax / ((2**bits - 1) / 2)`` (7.5 steps at 4 bits, so both ends
+of the code range are used), zero is always representable, rounding is to the nearest even code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantspec.numerics.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """``codes [N, K]`` int8, ``scale [N, G]`` in the scheme's dtype, ``zero_point [N, G]`` int8 (None when symmetric)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    scheme: Scheme
+
+
+def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """Round a weight ``[N, K]`` to the nearest codes, with min-max scales (round-to-nearest, RTN)."""
+    scale, zero_point = min_max_scale(weight, scheme)
+    return QuantizedWeight(quantize_codes(weight, scale, zero_point, scheme), scale, zero_point, scheme)
+
+
+def dequantize(quantized: QuantizedWeight) -> Tensor:
+    """The weight ``[N, K]`` in fp32 that the codes stand for."""
+    k = quantized.codes.shape[1]
+    codes = quantized.codes.float()
+    if quantized.zero_point is not None:
+        codes -= expand_groups(quantized.zero_point.float(), k, quantized.scheme)
+    return codes.mul_(expand_groups(quantized.scale.float(), k, quantized.scheme))
+
+
+def min_max_scale(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """``scale [N, G]`` (rounded to the stored type) and ``zero_point [N, G]`` that span each group's values."""
+    low, high = group_range(weight, scheme)
+    return scale_of_range(low, high, scheme)
+
+
+def group_range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value per group ``[N, G]``, zero included."""
+    n, k = weight.shape
+    groups, width = scheme.num_groups(k), scheme.group(k)
+    # The pad of a ragged last group is zero, which every range holds anyway.
+    padded = torch.nn.functional.pad(weight.float(), (0, groups * width - k)).view(n, groups, width)
+    return padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
+
+
+def scale_of_range(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Stored scale and zero point for groups that span ``low <= 0 <= high``."""
+    stored = getattr(torch, scheme.dtype)
+    steps = scheme.q_max - scheme.q_min
+    exact = torch.maximum(-low, high) / (steps / 2) if scheme.symmetric else (high - low) / steps
+    # Neither underflow to zero nor overflow to infinity may survive the rounding: an all-zero group gets scale 1.
+    limits = torch.finfo(stored)
+    exact = torch.where(exact > 0, exact.clamp(limits.tiny, limits.max), 1.0)
+    scale = exact.to(stored)
+    if scheme.symmetric:
+        return scale, None
+    zero_point = torch.round(scheme.q_min - low / scale.float()).clamp(scheme.q_min, scheme.q_max)
+    return scale, zero_point.to(torch.int8)
+
+
+def quantize_codes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
+    """Nearest int8 codes ``[N, K]`` under given stored scales and zero points ``[N, G]``."""
+    k = weight.shape[1]
+    codes = weight.float() / expand_groups(scale.float(), k, scheme)
+    if zero_point is not None:
+        codes += expand_groups(zero_point.float(), k, scheme)
+    return codes.round_().clamp_(scheme.q_min, scheme.q_max).to(torch.int8)
+
+
+def expand_groups(per_group: Tensor, k: int, scheme: Scheme) -> Tensor:
+    """``[N, G]`` to ``[N, k]``: each value repeated over the columns of its group."""
+    return per_group.repeat_interleave(scheme.group(k), dim=1)[:, :k]

@@ -1,0 +1,34 @@
+"""How far apart: weights, layer outputs and next-token distributions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def relative_mse(approximate: Tensor, exact: Tensor) -> float:
+    """``|approximate - exact|^2 / |exact|^2`` (Frobenius); 0 when both are zero."""
+    power = exact.double().square().sum()
+    error = (approximate.double() - exact.double()).square().sum()
+    return float(error / power) if power > 0 else float(error)
+
+
+def relative_output_mse(approximate: Tensor, exact: Tensor, hessian: Tensor) -> float:
+    """``|X (A - W)^T|^2 / |X W^T|^2`` of a linear layer ``[N, K]`` from ``hessian [K, K]`` = X^T X up to a factor."""
+
+    def power(weight: Tensor) -> float:
+        return float(((weight @ hessian) * weight).sum(dtype=torch.float64))
+
+    total = power(exact)
+    error = max(power(approximate - exact), 0.0)  # rounding can push a tiny quadratic form below zero
+    return error / total if total > 0 else error
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats for each row of log-probabilities ``[..., V]``."""
+    return (log_p.exp() * (log_p - log_q)).nan_to_num(0.0).sum(-1)
+
+
+def top1_agreement(logits_p: Tensor, logits_q: Tensor) -> float:
+    """Share of rows ``[..., V]`` whose argmax is the same."""
+    return float((logits_p.argmax(-1) == logits_q.argmax(-1)).float().mean())

@@ -1,0 +1,79 @@
+"""compressed-tensors ``pack-quantized``: codes as dense little-endian bit strings in int32 words.
+
+A row of K codes of ``bits`` bits takes ``ceil(K * bits / 32)`` words. Code i, stored as ``q + 2**(bits - 1)``, takes bits
+``i * bits .. (i + 1) * bits - 1`` counted from the lowest bit of word 0, so 3, 5, 6 and 7-bit codes cross word borders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quantspec.errors import ModelError
+from quantspec.numerics.affine import QuantizedWeight
+from quantspec.numerics.scheme import Scheme
+
+_WORD = 32  # bits in a word, and codes after which the bit string meets a word border at every width
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes ``[N, K]`` to int32 words ``[N, ceil(K * bits / 32)]``."""
+    n, k = codes.shape
+    blocks = -(-k // _WORD)
+    unsigned = torch.nn.functional.pad(codes.long() + 2 ** (bits - 1), (0, blocks * _WORD - k)).view(n, blocks, _WORD)
+    words = torch.zeros(n, blocks, bits + 1, dtype=torch.int64, device=codes.device)  # one spare word takes the carry
+    for i in range(_WORD):
+        word, shift = divmod(i * bits, _WORD)
+        shifted = unsigned[:, :, i] << shift
+        words[:, :, word] |= shifted & 0xFFFFFFFF
+        words[:, :, word + 1] |= shifted >> _WORD
+    used = -(-k * bits // _WORD)
+    return words[:, :, :bits].reshape(n, blocks * bits)[:, :used].to(torch.int32).contiguous()
+
+
+def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
+    """Inverse of ``pack_codes``: int8 codes ``[N, k]``. Raises ``ModelError`` when the word count does not fit ``k``."""
+    n, used = words.shape
+    if used != -(-k * bits // _WORD):
+        raise ModelError(f"packed weight has {used} words a row where {k} codes of {bits} bits need {-(-k * bits // _WORD)}")
+    blocks = -(-k // _WORD)
+    unsigned = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, blocks * bits - used)).view(n, blocks, bits)
+    unsigned = torch.nn.functional.pad(unsigned, (0, 1))
+    codes = torch.empty(n, blocks, _WORD, dtype=torch.int8, device=words.device)
+    for i in range(_WORD):
+        word, shift = divmod(i * bits, _WORD)
+        both = unsigned[:, :, word] >> shift | unsigned[:, :, word + 1] << (_WORD - shift)
+        codes[:, :, i] = (both & (2**bits - 1)) - 2 ** (bits - 1)
+    return codes.view(n, blocks * _WORD)[:, :k].contiguous()
+
+
+def pack_weight(quantized: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors that stand for one linear layer's ``weight``, by their suffix. Zero points are packed along dim 0."""
+    bits = quantized.scheme.bits
+    tensors = {
+        "weight_packed": pack_codes(quantized.codes, bits),
+        "weight_scale": quantized.scale.contiguous(),
+        "weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64),
+    }
+    if quantized.zero_point is not None:
+        tensors["weight_zero_point"] = pack_codes(quantized.zero_point.T, bits).T.contiguous()
+    return tensors
+
+
+def unpack_weight(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """Inverse of ``pack_weight``. Raises ``ModelError`` when the shapes contradict each other or the scheme."""
+    n, k = (int(size) for size in tensors["weight_shape"])
+    packed, scale = tensors["weight_packed"], tensors["weight_scale"]
+    if packed.shape[0] != n or scale.shape != (n, scheme.num_groups(k)):
+        raise ModelError(
+            f"packed weight {list(packed.shape)} with scales {list(scale.shape)} does not hold [{n}, {k}] "
+            f"in groups of {scheme.group(k)}"
+        )
+    zero_point = None
+    if not scheme.symmetric:
+        if "weight_zero_point" not in tensors:
+            raise ModelError("asymmetric packed weight without weight_zero_point")
+        zero_point = unpack_codes(tensors["weight_zero_point"].T, scheme.bits, n).T.contiguous()
+    return QuantizedWeight(unpack_codes(packed, scheme.bits, k), scale, zero_point, scheme)
