@@ -1,0 +1,164 @@
+"""Files and folders that are whole or absent: atomic writes, and a manifest of sha256 sums written last.
+
+A file is written beside its place, flushed, fsynced, renamed, and its folder fsynced, so that neither a crash nor a full
+disk leaves half a file under its name. ``OSError`` becomes one ``ResourceError`` line.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from quantspec.errors import ModelError, ResourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "quantspec_manifest.json"
+
+_HINTS = {
+    errno.ENOSPC: "free some disk space or choose another output folder",
+    errno.EDQUOT: "the disk quota is used up; choose another output folder",
+    errno.EROFS: "the file system is read-only; choose another output folder",
+    errno.EACCES: "no permission; choose an output folder that you may write to",
+    errno.EPERM: "no permission; choose an output folder that you may write to",
+    errno.ENOTDIR: "a part of the path is a file; choose another output folder",
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` inside the block into a ``ResourceError`` that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        hint = _HINTS.get(error.errno or 0, "check the output folder")
+        raise ResourceError(f"cannot write {path}: {reason}", hint=hint) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file to write into; it appears at ``path``, whole and durable, when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a small file (a tokenizer, a config)."""
+    write_bytes(path, source.read_bytes())
+
+
+def rename_folder(source: Path, target: Path) -> None:
+    """Move a finished folder to its final name (an empty folder there is replaced)."""
+    with writing(target):
+        os.replace(source, target)
+        fsync_folder(target.parent)
+
+
+_DTYPE_NAMES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file atomically, one tensor at a time, so that no second copy of the whole stands in memory.
+
+    Tensors are laid out by falling item size, then name: every one is aligned and equal content gives equal bytes.
+    """
+    import torch
+
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = _DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            raw = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+            file.write(memoryview(raw.view(torch.uint8).numpy()) if raw.numel() else b"")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and sha256 of every file in ``folder``. Call it last: its presence says that the folder is whole."""
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {"version": 1, "files": files})
+
+
+def verify_manifest(folder: Path) -> bool:
+    """Check ``folder`` against its manifest. Returns False where there is none (a checkpoint that is not ours).
+
+    Raises ``ModelError`` naming the first file that is missing, cut, or changed.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return False
+    hint = "download or quantize the model again"
+    try:
+        files = json.loads(path.read_text())["files"]
+        entries = [(folder / name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is not a manifest", hint=hint) from error
+    for file, size, digest in entries:
+        if not file.is_file():
+            raise ModelError(f"{file} is missing though the manifest lists it", hint=hint)
+        if file.stat().st_size != size:
+            raise ModelError(f"{file} has {file.stat().st_size} bytes where the manifest says {size}", hint=hint)
+        if sha256(file) != digest:
+            raise ModelError(f"{file} differs from the manifest's sha256 sum", hint=hint)
+    return True

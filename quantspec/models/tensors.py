@@ -1,0 +1,168 @@
+"""Safe access to safetensors checkpoints: every header is checked against its file before a tensor is read.
+
+Format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, then the data, without
+holes or overlaps. Files are read, not mapped: a file that is cut later raises an error instead of killing the process with
+SIGBUS, and pages of tensors already used do not pile up in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantspec.errors import ModelError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own cap
+_DAMAGED = "the file is damaged or was cut; download or write it again"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies: ``begin`` and ``end`` are byte positions in ``file``."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file. Raises ``ModelError`` when header and file do not fit each other."""
+
+    def damaged(what: str) -> ModelError:
+        return ModelError(f"{path}: {what}", hint=_DAMAGED)
+
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise damaged(f"its header length ({length}) does not fit a file of {size} bytes")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged("its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise damaged("its header is not a JSON object")
+    header.pop("__metadata__", None)
+
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            tensors[name] = _tensor_info(path, entry, 8 + length)
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(f"the entry of tensor {name!r} is not valid ({error})") from error
+    position = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != position:
+            raise damaged(f"tensor {name!r} leaves a hole or overlaps another")
+        position = info.end
+    if position != size:
+        raise damaged(f"its tensors end at byte {position} but the file has {size}")
+    return tensors
+
+
+def _tensor_info(path: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype {entry['dtype']}")
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError("sizes and offsets must be whole numbers")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - begin} bytes for shape {list(shape)} of {entry['dtype']}")
+    return TensorInfo(path, dtype, shape, data_start + begin, data_start + end)
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder. Raises ``ModelError``: no folder, no weights, or only pickles."""
+    if not folder.is_dir():
+        raise ModelError(f"no model folder at {folder}", hint="give a folder with config.json and *.safetensors")
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        files = {str(name) for name in _weight_map(folder / INDEX).values()}
+        if any(Path(name).name != name for name in files):
+            raise ModelError(f"{folder / INDEX} names files outside its folder")
+        return [folder / name for name in sorted(files)]
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{folder} holds only pickle weights ({pickles[0]}), which can run code when opened",
+            hint="convert them to safetensors, for example with save_pretrained(..., safe_serialization=True)",
+        )
+    raise ModelError(f"no {SINGLE} or {INDEX} in {folder}", hint="is it a model folder?")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} is not a safetensors index", hint=_DAMAGED) from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} lists no tensors", hint=_DAMAGED)
+    return weight_map
+
+
+class TensorStore:
+    """All tensors of a checkpoint folder (one file, or shards with an index), read one at a time on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.files = checkpoint_files(self.folder)
+        self._tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            self._tensors |= read_header(file)
+        if (self.folder / SINGLE) not in self.files:
+            missing = sorted(_weight_map(self.folder / INDEX).keys() - self._tensors.keys())
+            if missing:
+                raise ModelError(f"{self.folder}: tensor {missing[0]} is in the index but in no shard", hint=_DAMAGED)
+
+    def keys(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.info(name).shape
+
+    def info(self, name: str) -> TensorInfo:
+        if name not in self._tensors:
+            raise ModelError(f"{self.folder} has no tensor {name}", hint="is it the architecture that config.json names?")
+        return self._tensors[name]
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.end - info.begin for info in self._tensors.values())
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own (64-byte aligned)."""
+        info = self.info(name)
+        data = torch.empty(info.end - info.begin, dtype=torch.uint8)
+        with open(info.file, "rb", buffering=0) as file:
+            file.seek(info.begin)
+            view = memoryview(data.numpy())
+            while len(view):
+                count = file.readinto(view)
+                if not count:
+                    raise ModelError(f"{info.file} ended inside tensor {name}", hint=_DAMAGED)
+                view = view[count:]
+        return data.view(info.dtype).reshape(info.shape)
