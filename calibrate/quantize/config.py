@@ -1,0 +1,94 @@
+"""Options, events and the report of quantization: plain dataclasses, no torch at import."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from quantspec.errors import UsageError
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Quantize the checkpoint folder ``model`` into the new folder ``out``."""
+
+    model: Path
+    out: Path
+    method: Literal["gptq", "rtn"] = "gptq"
+    bits: int = 4
+    group_size: int = 128
+    """Input features that share a scale; -1: one scale per output channel."""
+    symmetric: bool = True
+    calibration: Path | None = None
+    """Text (``.jsonl``, or ``.txt`` split at ``<|doc|>`` lines) that GPTQ measures inputs on. None: the bundled set."""
+    held_out: Path | None = None
+    """Text for the closing report. None: the bundled set, disjoint from the calibration text."""
+    num_samples: int = 256
+    """Calibration rows of ``seq_len`` tokens (fewer where the text is shorter)."""
+    eval_samples: int = 96
+    """Held-out rows of ``seq_len`` tokens; 0 leaves the closing comparison out."""
+    seq_len: int = 512
+    seed: int = 0
+    ignore: tuple[str, ...] = ()
+    """Shell-style patterns of linear layers to keep as they are, like ``model.layers.0.*``. Embedding and head always are."""
+    resume: bool = True
+    """Go on from the finished layers of an interrupted run with the same model, calibration and settings."""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.method not in ("gptq", "rtn"):
+            raise UsageError(f"unknown quantization method {self.method!r}", hint="use gptq or rtn")
+        for name, low in (("num_samples", 1), ("eval_samples", 0), ("seq_len", 2)):
+            if getattr(self, name) < low:
+                raise UsageError(f"{name} must be at least {low}, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """How one linear layer was quantized.
+
+    ``error`` is the relative output MSE on the calibration inputs; with method "rtn", which looks at no inputs, the relative
+    weight MSE. ``damping`` is the share of the mean Hessian diagonal that was added to it. ``fallback_reason`` says why
+    round-to-nearest took the place of GPTQ.
+    """
+
+    name: str
+    method: str
+    error: float
+    damping: float | None = None
+    seconds: float = 0.0
+    fallback_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """Progress: ``stage`` is "layer" (one linear layer done: ``result``), "resume", "evaluate" or "note" (``message``)."""
+
+    stage: Literal["layer", "resume", "evaluate", "note"]
+    done: int
+    total: int
+    result: LayerResult | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What came out. Perplexities, ``kl`` (mean nats, dense || quantized) and ``top1_agreement`` are of held-out text, None
+    when not measured. ``peak_bytes`` is the process's peak resident memory, ``tensor_bytes`` the largest sum of weights,
+    Hessians and activations that this run held at once."""
+
+    out: str
+    bytes_before: int
+    bytes_after: int
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    eval_tokens: int = 0
+    peak_bytes: int = 0
+    tensor_bytes: int = 0
+    layers: list[LayerResult] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,128 @@
+"""GPTQ against a slow oracle, on Hessians whose columns correlate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantspec.calibrate.quantize.gptq import DAMPING_LADDER, Hessian, quantize_linear, search_scale, solve
+from quantspec.errors import ModelError
+from quantspec.numerics.affine import QuantizedWeight, dequantize, min_max_scale, quantize, quantize_codes
+from quantspec.numerics.measures import relative_output_mse
+from quantspec.numerics.scheme import Scheme
+
+
+def correlated_inputs(rows: int, k: int, seed: int) -> Tensor:
+    """Inputs [rows, k] whose columns mix few factors, with powers that differ a hundredfold: nothing like the identity."""
+    g = torch.Generator().manual_seed(seed)
+    factors = torch.randn(rows, k // 4, generator=g) @ torch.randn(k // 4, k, generator=g)
+    noise = 0.3 * torch.randn(rows, k, generator=g)
+    return (factors + noise) * torch.logspace(-1, 1, k)[torch.randperm(k, generator=g)]
+
+
+def oracle(
+    weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, damping: float, act_order: bool
+) -> Tensor:
+    """Optimal brain quantization by its formula: the inverse Hessian of the columns still free is computed anew each time."""
+    n, k = weight.shape
+    weight, codes = weight.clone(), torch.zeros(n, k, dtype=torch.int8)
+    power = [float(hessian[i, i]) for i in range(k)]
+    damped = hessian + damping * sum(power) / k * torch.eye(k, dtype=hessian.dtype)
+    free = sorted(range(k), key=lambda i: -power[i]) if act_order else list(range(k))
+    while free:
+        inverse = torch.linalg.inv(damped[free][:, free])
+        j, group = free[0], free[0] // scheme.group(k)
+        for row in range(n):
+            step = float(scale[row, group])
+            zero = 0 if zero_point is None else int(zero_point[row, group])
+            code = min(max(round(float(weight[row, j]) / step + zero), scheme.q_min), scheme.q_max)
+            error = float(weight[row, j]) - (code - zero) * step
+            codes[row, j] = code
+            weight[row, free] -= error / inverse[0, 0] * inverse[0]
+        free = free[1:]
+    return codes
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(3, 48), Scheme(4, 64, symmetric=False), Scheme(2, -1)], ids=str)
+def test_equals_the_oracle(scheme: Scheme, act_order: bool) -> None:
+    # K = 160: more than one solver block of 128, several groups, and ragged last groups at 48 and 64.
+    x = correlated_inputs(400, 160, seed=1).double()
+    hessian = x.T @ x / len(x)
+    weight = torch.randn(6, 160, generator=torch.Generator().manual_seed(2)).double()
+    scale, zero_point = min_max_scale(weight, scheme)
+    codes = solve(weight, hessian, scale, zero_point, scheme, 0.01, act_order)
+    assert codes is not None
+    # In fp64 the two orders of summation differ by 1e-12 of a step: equal codes, all of them.
+    assert torch.equal(codes, oracle(weight, hessian, scale, zero_point, scheme, 0.01, act_order))
+    assert not torch.equal(codes, quantize(weight, scheme).codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_beats_rounding_by_far_on_correlated_inputs(bits: int) -> None:
+    x, scheme = correlated_inputs(2000, 256, seed=3), Scheme(bits, 64)
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(4))
+    hessian = Hessian(256)
+    for chunk in x.split(300):
+        hessian.add(chunk)
+    solution = quantize_linear("w", weight, scheme, hessian.matrix)
+    rtn = relative_output_mse(dequantize(quantize(weight, scheme)), weight, hessian.matrix)
+    assert solution.method == "gptq" and solution.damping == DAMPING_LADDER[0]
+    assert solution.error < 0.5 * rtn
+    # The recorded error is the layer's true output error on those inputs (fp32 Hessian: three digits).
+    exact, approximate = x @ weight.T, x @ dequantize(solution.quantized).T
+    assert solution.error == pytest.approx(float((approximate - exact).square().sum() / exact.square().sum()), rel=1e-2)
+
+
+def test_hessian_is_the_mean_over_all_rows() -> None:
+    x = correlated_inputs(1000, 32, seed=5)
+    hessian = Hessian(32)
+    for chunk in x.split(77):
+        hessian.add(chunk.reshape(1, -1, 32))
+    assert torch.allclose(hessian.matrix, x.T @ x / len(x), rtol=1e-4, atol=1e-4)  # fp32 running mean
+
+
+def test_scale_search_is_never_worse_than_min_max() -> None:
+    weight = torch.randn(16, 100, generator=torch.Generator().manual_seed(6))
+    weight[:, 7] *= 6  # outliers: clipping pays
+    power = torch.rand(100, generator=torch.Generator().manual_seed(7)) + 0.1
+    for scheme in (Scheme(3, 32), Scheme(4, 64, symmetric=False), Scheme(2, -1)):
+        searched = search_scale(weight, power, scheme)
+
+        def error(scale: Tensor, zero_point: Tensor | None, scheme: Scheme = scheme) -> float:
+            codes = quantize_codes(weight, scale, zero_point, scheme)
+            return float(((dequantize(QuantizedWeight(codes, scale, zero_point, scheme)) - weight) ** 2 * power).sum())
+
+        assert error(*searched) < error(*min_max_scale(weight, scheme))
+
+
+def test_dead_inputs_are_rounded_and_disturb_nothing() -> None:
+    x = correlated_inputs(500, 64, seed=8)
+    x[:, 10:14] = 0
+    weight, scheme = torch.randn(8, 64, generator=torch.Generator().manual_seed(9)), Scheme(4, 32)
+    scale, _ = min_max_scale(weight, scheme)
+    codes = solve(weight, x.T @ x / len(x), scale, None, scheme, 0.01)
+    assert codes is not None
+    assert torch.equal(codes[:, 10:14], quantize(weight, scheme).codes[:, 10:14])
+
+
+def test_damping_climbs_then_falls_back_with_a_reason() -> None:
+    weight, scheme = torch.randn(8, 64, generator=torch.Generator().manual_seed(10)), Scheme(4, 32)
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(11))
+    hessian = x.T @ x / len(x)
+    shifted = hessian - 0.6 * torch.eye(64)  # smallest eigenvalue about -0.2, mean diagonal 0.4
+    climbed = quantize_linear("w", weight, scheme, shifted)
+    assert climbed.method == "gptq" and climbed.damping == 1.0
+    fallen = quantize_linear("w", weight, scheme, hessian - 20 * torch.eye(64))
+    assert fallen.method == "rtn" and "Cholesky" in str(fallen.fallback_reason)
+    assert torch.equal(fallen.quantized.codes, quantize(weight, scheme).codes)
+    overflowed = quantize_linear("w", weight, scheme, hessian * torch.inf)
+    assert overflowed.method == "rtn" and "overflow" in str(overflowed.fallback_reason)
+
+
+def test_refuses_nan_weights() -> None:
+    weight = torch.ones(4, 32)
+    weight[1, 3] = float("nan")
+    with pytest.raises(ModelError, match="mlp.up_proj.weight holds NaN"):
+        quantize_linear("mlp.up_proj", weight, Scheme(4, 32), torch.eye(32))
