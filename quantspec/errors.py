@@ -1,0 +1,44 @@
+"""Errors that users may meet. Each carries one line that says what is wrong, a hint, and the exit code of the command line.
+
+``QuantSpecError`` kinds are for users; ``assert`` is for our own mistakes. Only ``cli`` prints them.
+"""
+
+
+class QuantSpecError(Exception):
+    """Base of all errors that quantspec raises on purpose. ``str(error)`` is one line; ``hint`` says what to do."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(QuantSpecError):
+    """A wrong argument, option, option value or combination of them."""
+
+    exit_code = 2
+
+
+class ModelError(QuantSpecError):
+    """A model, tokenizer, checkpoint or data file that is missing, damaged, unsafe or unsupported."""
+
+    exit_code = 3
+
+
+class ResourceError(QuantSpecError):
+    """Out of memory or disk, or an output place that cannot be written."""
+
+    exit_code = 4
+
+
+class VerificationError(QuantSpecError):
+    """Two texts or tensors that had to be equal are not."""
+
+    exit_code = 5
+
+
+class Interrupted(QuantSpecError):
+    """The user stopped the work; ``hint`` says how to go on."""
+
+    exit_code = 130
