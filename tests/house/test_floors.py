@@ -1,0 +1,148 @@
+"""The architecture as a test: a module imports only lower floors, and files stay short enough to be read.
+
+The table is the one in CONTRIBUTING.md. Imports are read from the syntax tree, so that lazy imports inside functions and
+imports for type checkers count too: an arrow that points up is one wherever it stands.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LINKED = ("kernels", "calibrate", "cli", "benchmarks")
+FLOORS = {
+    "errors": 0,
+    "types": 0,
+    "numerics": 1,
+    "kernels": 2,
+    "models": 3,
+    "core": 4,
+    "drafters": 5,
+    "engine": 6,
+    "calibrate": 7,
+    "cli": 8,
+    "benchmarks": 9,
+}
+FACADE = FLOORS["engine"] + 0.5
+"""``import quantspec`` hands out ``load`` lazily, so it stands just above the engine."""
+DRAFTER_HELPERS = {"tree", "config"}
+"""Modules of ``drafters`` that are not drafters, and so may be imported by one."""
+MAX_LINES = 400
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of the package with its dotted name below ``quantspec`` ("" for the package itself)."""
+    for place in (ROOT / "quantspec", *(ROOT / name for name in LINKED)):
+        prefix = () if place.name == "quantspec" else (place.name,)
+        for path in sorted(place.rglob("*.py")):
+            parts = (*prefix, *path.relative_to(place).with_suffix("").parts)
+            if not prefix and parts[0] in LINKED:
+                continue  # the link; the folder itself is walked on its own
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+MODULES = list(modules())
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything a file imports; ``from a import b`` counts as ``a`` and as ``a.b``."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: import absolutely"
+            assert node.module is not None
+            yield node.lineno, node.module
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def inner(name: str) -> tuple[str, ...] | None:
+    """The parts of a dotted name below ``quantspec``, or None for somebody else's module."""
+    parts = name.split(".")
+    return tuple(parts[1:]) if parts[0] == "quantspec" else None
+
+
+def floor(parts: tuple[str, ...]) -> float:
+    return FLOORS[parts[0]] if parts and parts[0] in FLOORS else FACADE
+
+
+def violations(module: str, path: Path) -> list[str]:
+    own = tuple(module.split(".")) if module else ()
+    found = []
+    for line, name in imports(path):
+        if name.split(".")[0] in LINKED:
+            found.append(f"{path}:{line}: bare {name!r}; import quantspec.{name}")
+        target = inner(name)
+        if target is None:
+            continue
+        if target == () and not own:
+            continue
+        if floor(target) > floor(own):
+            found.append(f"{path}:{line}: {module or 'quantspec'} imports {name}, which stands higher")
+        same_folder = own and target and own[0] == target[0] == "drafters"
+        if same_folder and len(target) > 1 and target[1] not in DRAFTER_HELPERS and target[1] != own[-1]:
+            found.append(f"{path}:{line}: drafter {own[-1]} imports drafter {target[1]}; only engine.build combines drafters")
+    return found
+
+
+def test_every_folder_has_a_floor() -> None:
+    assert {name.split(".")[0] for name, _ in MODULES if name} <= set(FLOORS)
+
+
+def test_no_import_points_up() -> None:
+    assert [line for name, path in MODULES for line in violations(name, path)] == []
+
+
+def test_package_files_are_short() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in (*(path for _, path in MODULES), *(ROOT / "tests").rglob("*.py"))
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    }
+    assert long == {}
+
+
+def test_package_inits_are_inert() -> None:
+    """Only ``quantspec/__init__`` may import at all, and it only floor 0 at its top: `--help` passes through every one."""
+    for name, path in MODULES:
+        if path.name != "__init__.py":
+            continue
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        imported = [
+            found
+            for node in body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for found in (
+                [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            )
+        ]
+        allowed = {"__future__", "typing"} | ({"quantspec.errors", "quantspec.types"} if not name else set())
+        assert set(imported) <= allowed, path
+
+
+@pytest.mark.parametrize(
+    "module, source, complaint",
+    [
+        ("core.step", "from quantspec.engine import generate", "stands higher"),
+        ("numerics.pack", "def f():\n    import quantspec.kernels.cpu", "stands higher"),
+        ("models.load", "import kernels", "bare 'kernels'"),
+        ("drafters.eagle", "from quantspec.drafters import cascade", "drafter eagle imports drafter cascade"),
+        ("engine.build", "from quantspec import load", "stands higher"),
+    ],
+)
+def test_the_check_catches(tmp_path: Path, module: str, source: str, complaint: str) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(source)
+    assert any(complaint in line for line in violations(module, path))
+
+
+def test_the_check_lets_lower_floors_pass(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("from quantspec.core import step\nfrom quantspec.drafters.tree import grow\nimport torch\n")
+    assert violations("drafters.cascade", path) == []
