@@ -120,6 +120,36 @@ class Draft:
     def is_chain(self) -> bool:
         return self.parents == tuple(range(-1, len(self.tokens) - 1))
 
+    def depths(self) -> list[int]:
+        """Depth of each node; a child of the last committed token has depth 1."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(depths[parent] + 1 if parent >= 0 else 1)
+        return depths
+
+    def select(self, nodes: Sequence[int]) -> Draft:
+        """The draft of these nodes alone, in this (ascending) order; the parent of each must be among them."""
+        new_id = {-1: -1, **{node: i for i, node in enumerate(nodes)}}
+        return Draft(
+            tuple(self.tokens[node] for node in nodes),
+            tuple(new_id[self.parents[node]] for node in nodes),
+            tuple(self.scores[node] for node in nodes),
+            tuple(self.stages[node] for node in nodes),
+            None if self.q_rows is None else self.q_rows[list(nodes)],
+        )
+
+    def best_chain(self) -> Draft:
+        """The branch that takes the child with the best score at every node."""
+        best: dict[int, int] = {}
+        for node, parent in enumerate(self.parents):
+            if parent not in best or self.scores[node] > self.scores[best[parent]]:
+                best[parent] = node
+        chain, at = [], -1
+        while at in best:
+            at = best[at]
+            chain.append(at)
+        return self.select(chain)
+
 
 EMPTY_DRAFT = Draft()
 """No proposal: the step becomes one step of plain decoding."""
@@ -140,7 +170,8 @@ class Verdict:
 
     ``path`` are the accepted nodes from the root down, ``tokens`` their tokens, and ``next_token`` the target's own draw
     after them: ``emitted`` is all of these, never empty. ``y [n + 1]`` is the target's token after the last committed
-    token (row 0) and after each node, rejected ones too. ``top`` is ``(ids, scores)``, each ``[n + 1, k]``. ``taps`` has,
+    token (row 0) and after each node, rejected ones too. ``draft`` is what was verified, after any cut: ``path``, ``y`` and
+    ``top`` count its nodes. ``top`` is ``(ids, scores)``, each ``[n + 1, k]``. ``taps`` has,
     for each asked tap, one row ``[H]`` per newly cached token, in order. ``finish`` is set by trimming.
     """
 
@@ -149,6 +180,7 @@ class Verdict:
     next_token: int
     y: tuple[int, ...]
     stages: tuple[str, ...]
+    draft: Draft = EMPTY_DRAFT
     top: tuple[Tensor, Tensor] | None = None
     taps: Mapping[Tap, Tensor] = field(default_factory=dict)
     logprobs: tuple[TokenLogprob, ...] = ()

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import torch
+
 from quantspec.core.noise import Stream
 from quantspec.core.sampling import WarpChain, WarpState
 from quantspec.types import EMPTY_DRAFT, Budget, Draft, Needs, Verdict
@@ -30,8 +33,9 @@ class TargetParts:
 class View:
     """One session as a drafter sees it at one step.
 
-    ``remaining`` is how many more tokens the user may get. ``stream`` is None under the ratio rule: drafters then see no
-    noise. ``state`` is the warp state after ``tokens``.
+    ``remaining`` is how many more tokens the user may get; a node deeper than ``remaining - 1`` cannot count. ``state`` is
+    the warp state after ``tokens``, ``vocab_size`` the target's. Under the ratio rule drafters see no noise: ``stream`` is
+    None, and ``draft_stream`` is for their own draws.
     """
 
     tokens: tuple[int, ...]
@@ -41,6 +45,8 @@ class View:
     stream: Stream | None
     stop_ids: frozenset[int]
     remaining: int
+    vocab_size: int
+    draft_stream: Stream | None = None
 
     def scores(
         self, logits: Tensor, paths: Sequence[Sequence[int]], ids: Tensor | None = None, tau: float = 1.0
@@ -51,7 +57,30 @@ class View:
         row i, ``ids [W]`` maps a trimmed draft vocabulary to target ids (None: the same). Returns log scores ``[m, W]``:
         ``log_softmax((log q - log E) / tau)`` at temperature > 0 with a stream, ``log_softmax`` of the warped row else.
         """
-        raise AssertionError("written by the core")
+        rows = logits
+        if ids is not None:
+            rows = logits.new_full((len(logits), self.vocab_size), -torch.inf)
+            rows[:, ids] = logits
+        states = [self.state] * len(paths) if self.chain.stateless else [self._state_after(path) for path in paths]
+        warped = self.chain.apply_rows(states, rows)
+        positions = [len(self.tokens) + len(path) for path in paths]
+        scores = log_scores(warped, positions, None if self.chain.greedy else self.stream, tau)
+        return scores if ids is None else scores[:, ids]
+
+    def _state_after(self, path: Sequence[int]) -> WarpState:
+        state = self.state
+        for token in path:
+            state = self.chain.advance(state, token)
+        return state
+
+
+def log_scores(warped: Tensor, positions: Sequence[int], stream: Stream | None, tau: float = 1.0) -> Tensor:
+    """``log_softmax((row - log E) / tau)`` of warped rows ``[m, V]`` at absolute positions ``[m]``; without a stream,
+    ``log_softmax`` of the rows."""
+    if stream is not None:
+        noise = np.stack([stream.noise(t, warped.shape[1]) for t in positions])
+        warped = (warped - torch.from_numpy(noise).to(warped.device)) / tau
+    return torch.log_softmax(warped, dim=-1)
 
 
 class Drafter(Protocol):
