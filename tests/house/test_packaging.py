@@ -56,11 +56,14 @@ def test_package_data_names_every_file_that_is_not_python() -> None:
         for pattern in patterns
         for path in (ROOT / PurePosixPath(*package.split("."))).glob(pattern)
     }
-    assert sorted(
-        str(path)
-        for path in walk()
-        if path.suffix != ".py" and (ROOT / path).resolve() in tracked and (ROOT / path).resolve() not in named
-    ) == []
+    assert (
+        sorted(
+            str(path)
+            for path in walk()
+            if path.suffix != ".py" and (ROOT / path).resolve() in tracked and (ROOT / path).resolve() not in named
+        )
+        == []
+    )
 
 
 def test_every_dependency_is_pinned() -> None:

@@ -1,0 +1,108 @@
+"""The entry point: lazy subcommands, and one place that owns exit codes, signals and broken pipes.
+
+Exit codes: 0 ok, 1 a bug of ours, 2 usage, 3 bad model or data, 4 out of memory or disk, 5 verification failed, 130 and 143
+interrupted. Click's own differ (Ctrl-C gives 1, a usage error prints several lines), hence ``standalone_mode=False``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from quantspec import __version__
+from quantspec.cli.failures import explain
+from quantspec.cli.invocation import Invocation
+from quantspec.cli.signals import terminable
+
+
+class LazyGroup(click.Group):
+    """Subcommands named by ``module:attribute``, imported when they are asked for."""
+
+    def __init__(self, *args: object, lazy: dict[str, str], **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self._lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self._lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._lazy:
+            return None
+        module, attribute = self._lazy[cmd_name].split(":")
+        return with_debug(getattr(import_module(module), attribute))
+
+
+def debug_option() -> click.Option:
+    def switch_on(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.find_object(Invocation).debug = True  # type: ignore[union-attr]
+
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=switch_on,
+        help="Show the traceback of an error.",
+    )
+
+
+def with_debug(command: click.Command) -> click.Command:
+    """Let ``--debug`` stand behind any subcommand too."""
+    if not any(parameter.name == "debug" for parameter in command.params):
+        command.params.append(debug_option())
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            with_debug(command.commands[name])
+    return command
+
+
+cli = LazyGroup(
+    "quantspec",
+    help="Quantize a language model to 4 bits, then generate fast by speculation: the text never depends on the drafter.",
+    lazy={
+        "quantize": "quantspec.cli.quantize:quantize",
+        "generate": "quantspec.cli.generate:generate",
+        "train": "quantspec.cli.train:train",
+        "demo": "quantspec.cli.demo:demo",
+        "doctor": "quantspec.cli.doctor:doctor",
+    },
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    params=[debug_option()],
+    no_args_is_help=True,
+)
+cli = click.version_option(__version__, prog_name="quantspec")(cli)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit code. Raises nothing."""
+    # Spinning OpenMP workers steal the cores from each other; libgomp reads this once, when torch loads it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    invocation = Invocation(tuple(sys.argv[1:] if arguments is None else arguments))
+    try:
+        with terminable():
+            code = cli.main(list(invocation.arguments), prog_name="quantspec", standalone_mode=False, obj=invocation)
+            sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 0
+    except BrokenPipeError:
+        # The reader has what it wanted. Python flushes stdout once more at exit, which must not fail either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        if invocation.debug:
+            traceback.print_exc()
+        code, line = explain(error)
+        click.echo(line, err=True)
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(run())

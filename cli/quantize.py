@@ -1,0 +1,109 @@
+"""``quantspec quantize``: a checkpoint to 4-bit weights, layer by layer, resumable."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quantspec.calibrate.quantize.config import Event, QuantizeConfig
+from quantspec.cli.invocation import Invocation
+from quantspec.cli.options import Flag, assemble, options_from
+from quantspec.cli.render import megabytes, note, table, use_color
+from quantspec.cli.signals import Terminated
+from quantspec.errors import Interrupted
+
+if TYPE_CHECKING:
+    from quantspec.calibrate.quantize.config import QuantizeReport
+
+FLAGS = {
+    "out": Flag(("-o",), "Folder to write; it must be new, empty, or of an interrupted run."),
+    "method": Flag(help="gptq measures inputs on calibration text; rtn rounds to nearest."),
+    "bits": Flag(help="Bits per weight."),
+    "symmetric": Flag(help="Store no zero points, or do.", off="--asymmetric"),
+    "seed": Flag(help="Chooses the calibration rows."),
+    "device": Flag(help="Where layers are computed: cpu, cuda, ..."),
+}
+
+
+@click.command(short_help="Quantize a model's weights to 4 bits.")
+@click.argument("model")
+@options_from(QuantizeConfig, FLAGS, skip=("model",))
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@click.pass_obj
+def quantize(invocation: Invocation, model: str, as_json: bool, **options: Any) -> None:
+    """Quantize MODEL (a folder, a hub id, or `default`) into a new folder that vLLM and SGLang load too.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+    """
+    # The name is resolved below, when the options are known to be right: it may mean a download.
+    assemble(QuantizeConfig, options, model=Path(model))
+    from quantspec.calibrate.quantize.run import run
+    from quantspec.models.resolve import resolve
+
+    config = assemble(QuantizeConfig, options, model=resolve(model))
+    try:
+        with progress(sys.stderr.isatty()) as on_event:
+            report = run(config, on_event)
+    except Terminated as error:
+        stopped = Interrupted("terminated; finished layers are kept", hint=f"go on with: {invocation.command}")
+        stopped.exit_code = 143
+        raise stopped from error
+    except Interrupted as error:
+        error.hint = f"go on with: {invocation.command}"
+        raise
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        print_report(report)
+
+
+@contextmanager
+def progress(terminal: bool) -> Iterator[Callable[[Event], None]]:
+    """Show events: as a bar with the last layer's error on a terminal, else only notes."""
+    if not terminal:
+        yield lambda event: note(event.message) if event.message else None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, no_color=not use_color(sys.stderr))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("quantizing")
+
+        def show(event: Event) -> None:
+            if event.message:
+                bar.console.print(f"note: {event.message}", markup=False)
+            if event.result is not None:
+                result = event.result
+                bar.console.print(
+                    f"{result.name}: {result.method}, relative error {result.error:.2e}, {result.seconds:.1f} s",
+                    markup=False,
+                    highlight=False,
+                )
+            description = "evaluating" if event.stage == "evaluate" else "quantizing"
+            bar.update(task, completed=event.done, total=event.total, description=description)
+
+        yield show
+
+
+def print_report(report: QuantizeReport) -> None:
+    """The closing report as a table."""
+    rows = [("weights", megabytes(report.bytes_before), megabytes(report.bytes_after))]
+    if report.perplexity_before is not None and report.perplexity_after is not None:
+        rows.append(("perplexity, held-out text", f"{report.perplexity_before:.3f}", f"{report.perplexity_after:.3f}"))
+    if report.top1_agreement is not None:
+        rows.append(("top-1 agreement", "", f"{report.top1_agreement:.1%}"))
+    if report.kl is not None:
+        rows.append(("KL divergence, nats per token", "", f"{report.kl:.4f}"))
+    if report.layers:
+        worst = max(report.layers, key=lambda layer: layer.error)
+        rows.append((f"largest layer error ({worst.name})", "", f"{worst.error:.2e}"))
+    rows.append(("peak memory of the process", "", megabytes(report.peak_bytes)))
+    table(f"quantized into {report.out}", ("", "before", "after"), rows)

@@ -1,0 +1,108 @@
+"""What commands print besides text: notes, a closing line of figures, colours by stage, tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+if TYPE_CHECKING:
+    from quantspec.engine.request import Completion
+    from quantspec.models.tokenizer import Tokenizer
+    from quantspec.types import Chunk
+
+TARGET_STAGE = "target"
+_COLORS = ("green", "cyan", "yellow", "magenta", "blue")
+"""Of drafters, in order of first appearance; the target's own tokens stay as they are."""
+
+
+def use_color(stream: TextIO) -> bool:
+    """Whether to colour: only on a terminal that can, and not where the user opted out (NO_COLOR)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def note(message: str) -> None:
+    """One line about something other than asked for."""
+    click.echo(f"note: {message}", err=True)
+
+
+class StageColors:
+    """Colours the text of a stream by the stage that proposed each token.
+
+    ``Chunk.text`` lags behind ``Chunk.tokens`` while a character or a stop string is incomplete, so the pieces of the tokens
+    are queued here with their stages, and as much is coloured as the stream has released.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decoder = tokenizer.stream()
+        self._queue: list[tuple[str, str]] = []
+
+    def __call__(self, chunk: Chunk) -> str:
+        for token, stage in zip(chunk.tokens, chunk.stages, strict=True):
+            piece = self._decoder.push(token)
+            if piece:
+                self._queue.append((piece, stage))
+        colored, left = "", chunk.text
+        while left and self._queue:
+            piece, stage = self._queue.pop(0)
+            shown, left = left[: len(piece)], left[len(piece) :]
+            if len(shown) < len(piece):
+                self._queue.insert(0, (piece[len(shown) :], stage))
+            colored += paint(shown, stage)
+        return colored + left
+
+
+_seen: list[str] = []
+
+
+def paint(text: str, stage: str) -> str:
+    """``text`` in the colour of ``stage``."""
+    if stage == TARGET_STAGE:
+        return text
+    if stage not in _seen:
+        _seen.append(stage)
+    return click.style(text, fg=_COLORS[_seen.index(stage) % len(_COLORS)])
+
+
+def stage_colors(tokenizer: Tokenizer, enabled: bool) -> Callable[[Chunk], str]:
+    """How to print a chunk."""
+    return StageColors(tokenizer) if enabled else lambda chunk: chunk.text
+
+
+def stats_line(completion: Completion, legend: bool = False) -> str:
+    """The figures of one text on one line, and a line of its stages where asked."""
+    stats = completion.stats
+    line = (
+        f"{stats.new_tokens} tokens in {stats.seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s), "
+        f"{stats.target_forwards} target forwards, acceptance length {stats.acceptance_length:.2f} "
+        f"(bonus token included), {stats.method}, {stats.exactness}, seed {completion.seed}"
+    )
+    if not legend:
+        return line
+    color = use_color(sys.stderr)
+    parts = (f"{paint(stage, stage) if color else stage} {count}" for stage, count in sorted(stats.stages.items()))
+    return f"{line}\ntokens by stage: {', '.join(parts)}"
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A table on standard output: drawn on a terminal, plain elsewhere. The first column is text, the others figures."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    terminal = sys.stdout.isatty()
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if terminal else box.ASCII2)
+    for number, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(str(cell) for cell in row))
+    # Rich folds to 80 columns where there is no terminal, which would cut figures in two.
+    Console(no_color=not use_color(sys.stdout), width=None if terminal else 140).print(drawn)
+
+
+def megabytes(count: int) -> str:
+    """Bytes as MB (10^6)."""
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,162 @@
+"""``quantspec train``: the recipes behind the default family, one subcommand each, and all of them in order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantspec.calibrate.train.config import (
+    PRESETS,
+    CorpusConfig,
+    DistillConfig,
+    EagleConfig,
+    LMConfig,
+    RolloutConfig,
+    Source,
+)
+from quantspec.cli.options import Flag, assemble, field_names, options_from
+
+FLAGS = {
+    "lr": Flag(help="Peak learning rate of AdamW (embeddings, norms, biases)."),
+    "muon_lr": Flag(help="Peak learning rate of Muon (hidden matrices)."),
+    "warmup": Flag(help="Share of the training in which the learning rate rises."),
+    "weight_decay": Flag(help="Decoupled weight decay."),
+    "clip": Flag(help="Largest norm of a gradient."),
+    "batch": Flag(help="Rows in a step."),
+    "seq_len": Flag(help="Tokens in a row."),
+    "seed": Flag(help="Initial weights and order of the data."),
+    "device": Flag(help="cpu, cuda, ..."),
+    "threads": Flag(help="CPU threads."),
+    "compile": Flag(help="Compile the training step (needs a C++ compiler)."),
+    "log_every": Flag(help="Steps between lines of log.jsonl."),
+    "eval_every": Flag(help="Steps between held-out evaluations."),
+    "save_every": Flag(help="Steps between saved states, from which the next call goes on."),
+    "out": Flag(("-o",), "Folder (of rollouts: file) to write."),
+}
+OWN = {
+    CorpusConfig: {"vocab_size": Flag(help="Entries of the tokenizer.")},
+    LMConfig: {"corpus": Flag(help="Folder that `train tokenizer` wrote.")},
+    RolloutConfig: {
+        "model": Flag(help="Folder of the model that writes."),
+        "corpus": Flag(help="Folder that `train tokenizer` wrote; its texts give the prompts."),
+        "tokens": Flag(help="Stop after this many tokens."),
+        "slots": Flag(help="Texts that are written side by side."),
+        "max_len": Flag(help="Longest text, prompt included, in tokens."),
+        "temperatures": Flag(help="Sampling temperatures, taken in turn (may be repeated)."),
+    },
+    DistillConfig: {
+        "student": Flag(help="Folder of the model to train."),
+        "teacher": Flag(help="Folder of the (quantized) target."),
+        "rollouts": Flag(help="Text that the teacher wrote."),
+        "ce_weight": Flag(help="Weight of the cross-entropy beside the distillation loss."),
+        "group_size": Flag(help="Input features that share a scale when the student is rounded."),
+    },
+    EagleConfig: {
+        "base": Flag(help="Folder of the (quantized) model that the head drafts for."),
+        "rollouts": Flag(help="Text that the base wrote."),
+        "step_decay": Flag(help="Weight of each further draft step in the loss."),
+        "ce_weight": Flag(help="Weight of the cross-entropy with the base's distribution."),
+        "feature_weight": Flag(help="Weight of the distance to the base's features."),
+    },
+}
+
+
+class SourceType(click.ParamType):
+    """``PATH``, ``PATH:WEIGHT`` or ``PATH:WEIGHT:HELD_OUT``."""
+
+    name = "path[:weight[:held_out]]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Source:
+        path, *numbers = value.split(":")
+        try:
+            weight, held_out = float(numbers[0]) if numbers else 1.0, int(numbers[1]) if len(numbers) > 1 else 0
+        except ValueError:
+            self.fail(f"{value!r} is not PATH, PATH:WEIGHT or PATH:WEIGHT:HELD_OUT", param, ctx)
+        if not Path(path).exists():
+            self.fail(f"there is no {path}", param, ctx)
+        return Source(path, weight, held_out)
+
+
+def _options(config: type, *skip: str) -> Any:
+    shared = {name: flag for name, flag in FLAGS.items() if name in field_names(config)}
+    return options_from(config, shared | OWN[config], skip)
+
+
+@click.group(short_help="Train the default family, or a part of it.")
+def train() -> None:
+    """Train tokenizers, language models and drafters.
+
+    Every recipe goes on from its last saved state when the same command is given again, and ends with one line of JSON.
+    """
+
+
+@train.command(short_help="A byte-level BPE tokenizer, and the corpus in its ids.")
+@click.option(
+    "--data",
+    "sources",
+    type=SourceType(),
+    multiple=True,
+    required=True,
+    help="JSONL, text or folder of .py (may be repeated).",
+)
+@_options(CorpusConfig, "sources")
+def tokenizer(sources: tuple[Source, ...], **options: Any) -> None:
+    """Train a tokenizer on the data and store the data as token ids."""
+    from quantspec.calibrate.train.corpus import build_corpus
+
+    config = assemble(CorpusConfig, options, sources=sources)
+    _report({"out": str(config.out), "vocab_size": build_corpus(config).get_vocab_size()})
+
+
+@train.command(short_help="A decoder from scratch.")
+@click.option(
+    "--preset", type=click.Choice(tuple(PRESETS)), default="cpu", show_default=True, help="Sizes for this machine."
+)
+@click.option(
+    "--role",
+    type=click.Choice(("target", "intermediate")),
+    default="target",
+    show_default=True,
+    help="Which of the family.",
+)
+@_options(LMConfig, "shape")
+def lm(preset: str, role: str, **options: Any) -> None:
+    """Pretrain a Llama decoder on a corpus."""
+    from quantspec.calibrate.train.lm import run
+
+    _report(run(assemble(LMConfig, options, shape=getattr(PRESETS[preset], role))))
+
+
+@train.command(short_help="Text that a model writes, to distil from.")
+@_options(RolloutConfig)
+def rollout(**options: Any) -> None:
+    """Let a (quantized) model write text from training prompts."""
+    from quantspec.calibrate.train.rollout import run
+
+    config = assemble(RolloutConfig, options)
+    _report({"out": str(config.out), "tokens": run(config)})
+
+
+@train.command(short_help="An intermediate, from its target's text.")
+@_options(DistillConfig)
+def distill(**options: Any) -> None:
+    """Teach a small model to say what the (quantized) target says."""
+    from quantspec.calibrate.train.distill import run
+
+    _report(run(assemble(DistillConfig, options)))
+
+
+@train.command(short_help="An EAGLE head on a model.")
+@_options(EagleConfig)
+def eagle(**options: Any) -> None:
+    """Train an EAGLE-1/2 head on a (quantized) model."""
+    from quantspec.calibrate.train.eagle import run
+
+    _report(run(assemble(EagleConfig, options)))
+
+
+def _report(record: dict[str, Any]) -> None:
+    click.echo(json.dumps(record))
