@@ -61,11 +61,14 @@ class LayerResult:
     fallback_reason: str | None = None
 
 
+Stage = Literal["layer", "resume", "evaluate", "note"]
+
+
 @dataclass(frozen=True)
 class Event:
     """Progress: ``stage`` is "layer" (one linear layer done: ``result``), "resume", "evaluate" or "note" (``message``)."""
 
-    stage: Literal["layer", "resume", "evaluate", "note"]
+    stage: Stage
     done: int
     total: int
     result: LayerResult | None = None

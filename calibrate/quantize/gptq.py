@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantspec.calibrate.quantize.config import LayerResult
 from quantspec.errors import ModelError
 from quantspec.numerics.affine import (
     QuantizedWeight,
@@ -51,6 +52,9 @@ class Solution:
     error: float
     damping: float | None = None
     fallback_reason: str | None = None
+
+    def result(self, name: str, seconds: float) -> LayerResult:
+        return LayerResult(name, self.method, self.error, self.damping, round(seconds, 3), self.fallback_reason)
 
 
 def quantize_linear(name: str, weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> Solution:
@@ -120,7 +124,9 @@ def solve(
     """
     k = weight.shape[1]
     diagonal = hessian.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(k, device=weight.device)
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(k, device=weight.device)
+    )
     factor = _inverse_factor(hessian, order, damping)
     if factor is None:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,15 +122,16 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 class TensorStore:
-    """All tensors of a checkpoint folder (one file, or shards with an index), read one at a time on demand."""
+    """All tensors of a checkpoint folder (one file, or shards with an index; or just ``files`` of it), read one at a time
+    on demand."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.folder = Path(folder)
-        self.files = checkpoint_files(self.folder)
+        self.files = list(files) if files is not None else checkpoint_files(self.folder)
         self._tensors: dict[str, TensorInfo] = {}
         for file in self.files:
             self._tensors |= read_header(file)
-        if (self.folder / SINGLE) not in self.files:
+        if files is None and self.files != [self.folder / SINGLE]:
             missing = sorted(_weight_map(self.folder / INDEX).keys() - self._tensors.keys())
             if missing:
                 raise ModelError(f"{self.folder}: tensor {missing[0]} is in the index but in no shard", hint=_DAMAGED)
@@ -146,7 +147,9 @@ class TensorStore:
 
     def info(self, name: str) -> TensorInfo:
         if name not in self._tensors:
-            raise ModelError(f"{self.folder} has no tensor {name}", hint="is it the architecture that config.json names?")
+            raise ModelError(
+                f"{self.folder} has no tensor {name}", hint="is it the architecture that config.json names?"
+            )
         return self._tensors[name]
 
     def nbytes(self) -> int:

@@ -37,7 +37,9 @@ def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
     """Inverse of ``pack_codes``: int8 codes ``[N, k]``. Raises ``ModelError`` when the word count does not fit ``k``."""
     n, used = words.shape
     if used != -(-k * bits // _WORD):
-        raise ModelError(f"packed weight has {used} words a row where {k} codes of {bits} bits need {-(-k * bits // _WORD)}")
+        raise ModelError(
+            f"packed weight has {used} words a row where {k} codes of {bits} bits need {-(-k * bits // _WORD)}"
+        )
     blocks = -(-k // _WORD)
     unsigned = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, blocks * bits - used)).view(n, blocks, bits)
     unsigned = torch.nn.functional.pad(unsigned, (0, 1))

@@ -28,7 +28,9 @@ class Scheme:
         if not 2 <= self.bits <= 8:
             raise UsageError(f"bits must be from 2 to 8, not {self.bits}")
         if self.group_size != CHANNEL and self.group_size < 1:
-            raise UsageError(f"group size must be positive, or {CHANNEL} for one scale per channel, not {self.group_size}")
+            raise UsageError(
+                f"group size must be positive, or {CHANNEL} for one scale per channel, not {self.group_size}"
+            )
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise UsageError(f"scales cannot be stored as {self.dtype}", hint="use bfloat16, float16 or float32")
 

@@ -22,7 +22,13 @@ def correlated_inputs(rows: int, k: int, seed: int) -> Tensor:
 
 
 def oracle(
-    weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, damping: float, act_order: bool
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    scheme: Scheme,
+    damping: float,
+    act_order: bool,
 ) -> Tensor:
     """Optimal brain quantization by its formula: the inverse Hessian of the columns still free is computed anew each time."""
     n, k = weight.shape
@@ -45,7 +51,9 @@ def oracle(
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(3, 48), Scheme(4, 64, symmetric=False), Scheme(2, -1)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [Scheme(4, 32), Scheme(3, 48), Scheme(4, 64, symmetric=False), Scheme(2, -1)], ids=str
+)
 def test_equals_the_oracle(scheme: Scheme, act_order: bool) -> None:
     # K = 160: more than one solver block of 128, several groups, and ragged last groups at 48 and 64.
     x = correlated_inputs(400, 160, seed=1).double()

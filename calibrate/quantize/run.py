@@ -1,0 +1,236 @@
+"""Quantize a checkpoint, one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantspec.calibrate import data
+from quantspec.calibrate.quantize import checkpoint
+from quantspec.calibrate.quantize.config import Event, LayerResult, QuantizeConfig, QuantizeReport, Stage
+from quantspec.calibrate.quantize.evaluate import batches, compare
+from quantspec.calibrate.quantize.gptq import Hessian, quantize_linear
+from quantspec.calibrate.quantize.interrupt import deferred_interrupt, resume_command
+from quantspec.calibrate.quantize.layer import STAGES, DecoderLayer
+from quantspec.calibrate.quantize.plan import Plan
+from quantspec.calibrate.quantize.stream import HEAD, StreamedModel, layer_prefix, layer_weights
+from quantspec.calibrate.quantize.work import REPORT, WorkFolder, fingerprint
+from quantspec.errors import Interrupted, ModelError, ResourceError, UsageError
+from quantspec.models import atomic
+from quantspec.models.tensors import TensorStore
+from quantspec.numerics.affine import dequantize
+from quantspec.numerics.packing import pack_weight
+
+OnEvent = Callable[[Event], None]
+
+
+def run(config: QuantizeConfig, on_event: OnEvent | None = None) -> QuantizeReport:
+    """Quantize ``config.model`` into ``config.out`` and say what came out; ``on_event`` hears of every linear layer.
+
+    The result is a compressed-tensors ``pack-quantized`` folder. A run that was cut goes on from its finished layers and
+    ends with the same bytes. Raises ``ModelError``, ``UsageError``, ``ResourceError``, or ``Interrupted`` after Ctrl-C.
+    """
+    try:
+        with torch.no_grad():
+            return _Run(config, on_event or (lambda event: None)).run()
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError("out of memory while quantizing", hint="lower --num-samples or --seq-len") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what the CPU allocator says
+            raise
+        raise ResourceError("out of memory while quantizing", hint="lower --num-samples or --seq-len") from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            "interrupted; finished layers are kept", hint=f"go on with: {resume_command(config)}"
+        ) from error
+
+
+class _Run:
+    """One run: its inputs, and the counters behind its events."""
+
+    def __init__(self, config: QuantizeConfig, on_event: OnEvent) -> None:
+        self.config, self.on_event = config, on_event
+        self.source = StreamedModel(config.model, config.device)
+        atomic.verify_manifest(config.model)
+        self.plan = Plan.of(config, self.source)
+        self.done = 0
+        self.tensor_bytes = 0
+
+    def run(self) -> QuantizeReport:
+        config = self.config
+        calibration = None
+        if config.method == "gptq":
+            calibration = self._rows(config.calibration or data.CALIBRATION, config.num_samples, config.seed)
+        held_out = (
+            self._rows(config.held_out or data.HELD_OUT, config.eval_samples, None) if config.eval_samples else None
+        )
+        identity = fingerprint(config, self.source.store.files, calibration)
+        if any(config.out.iterdir()) if config.out.is_dir() else config.out.exists():
+            self._say("note", f"{config.out} is already the result of these settings")
+            return _finished(config, identity)
+        work = WorkFolder(config.out, identity, self.source.config.num_layers, config.resume)
+        if work.discarded:
+            self._say("note", "starting over: the unfinished run had another model, calibration text or settings")
+        self._quantize_layers(work, calibration)
+        self._write_rest(work)
+        report = self._report(work, held_out)
+        atomic.write_json(work.path / REPORT, {"fingerprint": identity} | report.to_json())
+        work.finish(config.out)
+        return report
+
+    def _rows(self, path: Path, num_rows: int, seed: int | None) -> Tensor:
+        tokenizer = data.load_tokenizer(self.config.model)
+        eos = next(iter(self.source.config.eos_ids), None)
+        length = min(self.config.seq_len, self.source.config.max_positions)
+        rows = data.token_rows(data.load_texts(path), tokenizer, eos, length, num_rows, seed)
+        if int(rows.max()) >= self.source.config.vocab_size:
+            raise ModelError(f"the tokenizer in {self.config.model} has tokens that the model's vocabulary lacks")
+        return rows
+
+    def _quantize_layers(self, work: WorkFolder, calibration: Tensor | None) -> None:
+        hidden = None if calibration is None else self.source.embed(calibration)
+        finished = work.results
+        if finished:
+            self.done = sum(len(results) for results in finished)
+            self._say("resume", f"resuming after {len(finished)} of {self.source.config.num_layers} layers")
+        with deferred_interrupt() as interrupted:
+            for index in range(self.source.config.num_layers):
+                if index < len(finished):
+                    if hidden is not None:
+                        self._advance(self._finished_layer(work, index), hidden)
+                else:
+                    self._quantize_layer(work, index, hidden)
+                if interrupted() and index + 1 < self.source.config.num_layers:
+                    raise KeyboardInterrupt
+                if hidden is not None and not torch.isfinite(hidden).all():
+                    raise ModelError(f"layer {index} of {self.config.model} gives NaN or Inf on the calibration text")
+
+    def _finished_layer(self, work: WorkFolder, index: int) -> DecoderLayer:
+        store = TensorStore(work.path, [work.shard(index)])
+        weights = layer_weights(store, self.source.config, index, self.plan.scheme, self.config.device)
+        return DecoderLayer(self.source.config, index, weights)
+
+    def _advance(self, layer: DecoderLayer, hidden: Tensor) -> None:
+        for batch in batches(hidden):
+            batch.copy_(layer.forward(batch.to(self.config.device)))
+
+    def _quantize_layer(self, work: WorkFolder, index: int, hidden: Tensor | None) -> None:
+        """Quantize decoder layer ``index``, record it, and move ``hidden [S, T, H]`` (in place) past it."""
+        layer, prefix, store = self.source.layer(index), layer_prefix(index), self.source.store
+        tensors = {name: store.get(name) for name in store.keys() if name.startswith(prefix)}
+        results: list[LayerResult] = []
+        inputs = _stage_inputs(layer, hidden, self.config.device) if hidden is not None else repeat(None)
+        for stage, batches_in in zip(STAGES, inputs, strict=False):
+            started = time.perf_counter()
+            hessian = None
+            if batches_in is not None:
+                hessian = Hessian(layer.weights[f"{stage[0]}.weight"].shape[1], self.config.device)
+                for batch in batches_in:
+                    hessian.add(batch)
+            self._account(layer, hidden, hessian)
+            for name in stage:
+                if prefix + name in self.plan.ignored:
+                    continue
+                weight = layer.weights[f"{name}.weight"]
+                solution = quantize_linear(prefix + name, weight, self.plan.scheme, hessian.matrix if hessian else None)
+                layer.weights[f"{name}.weight"] = dequantize(solution.quantized)
+                del tensors[f"{prefix}{name}.weight"]
+                packed = pack_weight(solution.quantized)
+                tensors |= {f"{prefix}{name}.{suffix}": tensor for suffix, tensor in packed.items()}
+                seconds, started = time.perf_counter() - started, time.perf_counter()
+                results.append(solution.result(prefix + name, seconds))
+                self.done += 1
+                self._say("layer", result=results[-1])
+        work.record(tensors, results)
+
+    def _account(self, layer: DecoderLayer, hidden: Tensor | None, hessian: Hessian | None) -> None:
+        """Note the bytes now held: the layer in fp32, its stored form, the Hessian, and the activations with their
+        attention outputs."""
+        held = sum(weight.nbytes for weight in layer.weights.values()) * 2
+        held += hessian.matrix.nbytes if hessian else 0
+        held += 2 * hidden.nbytes if hidden is not None else 0
+        self.tensor_bytes = max(self.tensor_bytes, held)
+
+    def _write_rest(self, work: WorkFolder) -> None:
+        """Write all tensors outside the decoder layers as they are, and the small files."""
+        model = self.source
+        prefixes = tuple(layer_prefix(index) for index in range(model.config.num_layers))
+        names = [name for name in model.store.keys() if not name.startswith(prefixes)]
+        if model.config.tied and HEAD in names:  # a stale copy that loaders of tied models warn about
+            names.remove(HEAD)
+        atomic.save_tensors(work.shard(model.config.num_layers), {name: model.store.get(name) for name in names})
+        ignore = [HEAD.removesuffix(".weight"), *sorted(self.plan.ignored)]
+        checkpoint.write_small_files(self.config.model, work.path, self.plan.scheme, ignore)
+
+    def _report(self, work: WorkFolder, held_out: Tensor | None) -> QuantizeReport:
+        measured: dict[str, float | int] = {}
+        if held_out is not None:
+            self._say("evaluate", f"comparing both models on {held_out.numel()} held-out tokens")
+            compared = compare(self.config.model, work.path, held_out, self.config.device)
+            measured = {
+                "perplexity_before": compared.perplexity_before,
+                "perplexity_after": compared.perplexity_after,
+                "kl": compared.kl,
+                "top1_agreement": compared.top1_agreement,
+                "eval_tokens": compared.nll_before.numel(),
+            }
+        return QuantizeReport(
+            out=str(self.config.out),
+            bytes_before=self.source.store.nbytes(),
+            bytes_after=TensorStore(work.path).nbytes(),
+            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            tensor_bytes=self.tensor_bytes,
+            layers=[result for layer in work.results for result in layer],
+            **measured,  # type: ignore[arg-type]
+        )
+
+    def _say(self, stage: Stage, message: str = "", result: LayerResult | None = None) -> None:
+        self.on_event(Event(stage, self.done, self.plan.total, result, message))
+
+
+def _stage_inputs(layer: DecoderLayer, hidden: Tensor, device: str) -> Iterator[Iterator[Tensor]]:
+    """For each of ``STAGES``, the batches its linear layers read.
+
+    Whoever takes a stage's batches puts the quantized weights into ``layer`` before taking the next stage's, which pass
+    through them. At the end ``hidden [S, T, H]`` has moved past the layer, in place.
+    """
+    config = layer.config
+    attended = hidden.new_empty(*hidden.shape[:2], config.num_heads * config.head_dim)
+
+    def attention_outputs() -> Iterator[Tensor]:
+        for states, out in zip(batches(hidden), batches(attended), strict=True):
+            out.copy_(layer.attend(layer.attention_input(states.to(device))))
+            yield out.to(device)
+
+    def mlp_inputs() -> Iterator[Tensor]:
+        for states, out in zip(batches(hidden), batches(attended), strict=True):
+            states.copy_(states.to(device) + layer.linear("self_attn.o_proj", out.to(device)))
+            yield layer.mlp_input(states.to(device))
+
+    yield (layer.attention_input(states.to(device)) for states in batches(hidden))
+    yield attention_outputs()
+    yield mlp_inputs()
+    yield (layer.gated(layer.mlp_input(states.to(device))) for states in batches(hidden))
+    for states in batches(hidden):
+        on_device = states.to(device)
+        states.copy_(on_device + layer.linear("mlp.down_proj", layer.gated(layer.mlp_input(on_device))))
+
+
+def _finished(config: QuantizeConfig, identity: str) -> QuantizeReport:
+    """The report of an output that the same settings have already made. Raises ``UsageError`` for anything else there."""
+    try:
+        report = json.loads((config.out / REPORT).read_text())
+        same = report.pop("fingerprint") == identity and atomic.verify_manifest(config.out)
+    except (OSError, ValueError, KeyError, ModelError):
+        same = False
+    if not same:
+        raise UsageError(f"{config.out} exists already and is not empty", hint="remove it, or choose another --out")
+    layers = [LayerResult(**result) for result in report.pop("layers")]
+    return QuantizeReport(layers=layers, **report)
