@@ -71,9 +71,7 @@ INTERNAL = ("max_batch", "prefill_chunk")
 @options_from(EngineConfig, ENGINE, skip=INTERNAL)
 @click.option("--speculative-config", metavar="JSON", help="vLLM's speculative_config: a JSON object, or @FILE.")
 @click.option("--show-stages", is_flag=True, help="Colour each token by the level that proposed it.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object (a list of them with --num-samples) and no stream."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object (with --num-samples a list).")
 @click.pass_context
 def generate(
     ctx: click.Context,
@@ -99,12 +97,14 @@ def generate(
 
     chosen = {field.name: getattr(config, field.name) for field in fields(config)}
     llm = load(**chosen, notice=note)
-    completions, stopped = _generate(llm, text, params, stream=not as_json, show_stages=show_stages)
+    completions, signal_code = _generate(llm, text, params, stream=not as_json, show_stages=show_stages)
     if as_json:
         records = [_record(completion) for completion in completions]
         click.echo(json.dumps(records if num_samples > 1 else records[0], ensure_ascii=False))
-    if stopped:
-        raise Interrupted("interrupted; the text above is not whole") if not as_json else Interrupted("interrupted")
+    if signal_code:
+        stopped = Interrupted("interrupted; the text is not whole")
+        stopped.exit_code = signal_code
+        raise stopped
 
 
 def _engine_config(ctx: click.Context, options: dict[str, Any], speculative: str | None) -> EngineConfig:
@@ -158,8 +158,8 @@ def _read_prompt(prompt: str | None, path: Path | None) -> str:
 
 def _generate(
     llm: LLM, prompt: str, params: SamplingParams, *, stream: bool, show_stages: bool
-) -> tuple[list[Completion], bool]:
-    """Run to the end, or to the first Ctrl-C, which keeps what is there; prints unless ``stream`` is off."""
+) -> tuple[list[Completion], int]:
+    """Run to the end, or to the first signal, which keeps what is there: its exit code comes second."""
     generation = llm.stream(prompt, params)
     painter = stage_colors(llm.tokenizer, enabled=show_stages and use_color(sys.stdout))
     with Stop("stopping after this token", then=generation.cancel) as stop:
@@ -175,7 +175,7 @@ def _generate(
             click.echo(f"--- sample {completion.index + 1}\n{completion.text}")
         for completion in completions:
             click.echo(stats_line(completion, legend=show_stages), err=True)
-    return completions, stop()
+    return completions, stop.code
 
 
 def _record(completion: Completion) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The entry point: lazy subcommands, and one place that owns exit codes, signals and broken pipes.
 
-Exit codes: 0 ok, 1 a bug of ours, 2 usage, 3 bad model or data, 4 out of memory or disk, 5 verification failed, 130 and 143
-interrupted. Click's own differ (Ctrl-C gives 1, a usage error prints several lines), hence ``standalone_mode=False``.
+Exit codes: 0 ok, 1 a bug of ours, 2 usage, 3 bad model or data, 4 out of memory or disk, 5 verification failed, 130 and
+143 interrupted. Click's own differ (Ctrl-C gives 1, usage errors span lines), hence ``standalone_mode=False``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def debug_option() -> click.Option:
         expose_value=False,
         is_eager=True,
         callback=switch_on,
-        help="Show the traceback of an error.",
+        help="Show tracebacks.",
     )
 
 
@@ -64,7 +64,7 @@ def with_debug(command: click.Command) -> click.Command:
 
 cli = LazyGroup(
     "quantspec",
-    help="Quantize a language model to 4 bits, then generate fast by speculation: the text never depends on the drafter.",
+    help="Quantize a language model to 4 bits, then generate fast by speculation.",
     lazy={
         "quantize": "quantspec.cli.quantize:quantize",
         "generate": "quantspec.cli.generate:generate",

@@ -1,7 +1,7 @@
 """Click options derived from config dataclasses, so that names, types, defaults and help texts are never typed twice.
 
-A field becomes ``--its-name``; its default and type come from the dataclass, its help from the string below the field or from
-``flags``, which also adds aliases. A field that is itself a dataclass contributes its own fields.
+A field becomes ``--its-name``; its default and type come from the dataclass, its help from the string below the field
+or from ``flags``, which also adds aliases. A field that is itself a dataclass contributes its own fields.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -51,7 +52,7 @@ class KeyValue(click.ParamType):
 def options_from(
     config: type, flags: Mapping[str, Flag] | None = None, skip: tuple[str, ...] = ()
 ) -> Callable[[Command], Command]:
-    """A decorator that adds one option for each field of ``config`` (nested dataclasses included) but those to ``skip``."""
+    """A decorator that adds one option for each field of ``config`` (nested ones included) but those to ``skip``."""
     flags = flags or {}
     options = [_option(one, flags.get(one.name, Flag())) for one in _flat(config, skip=skip)]
     unknown = flags.keys() - field_names(config)
@@ -97,7 +98,7 @@ class _Field:
 
 
 def _flat(config: type, defaults: Any = None, skip: tuple[str, ...] = ()) -> Iterator[_Field]:
-    """The fields of ``config`` in order, those of nested dataclasses in place; ``defaults`` is an instance, if there is one."""
+    """The fields of ``config`` in order, those of nested dataclasses in place; ``defaults`` is an instance, or None."""
     hints, texts = get_type_hints(config), _field_docs(config)
     for field in fields(config):
         if field.name in skip:
@@ -116,14 +117,11 @@ def _default(field: Field[Any]) -> Any:
 def _field_docs(config: type) -> dict[str, str]:
     """The strings below the fields of a dataclass, read from its source: Python itself keeps none of them."""
     source = inspect.getsource(sys.modules[config.__module__])
-    body = next(
-        node.body
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.ClassDef) and node.name == config.__name__
-    )
+    classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    body = next(node.body for node in classes if node.name == config.__name__)
     return {
         field.target.id: inspect.cleandoc(text.value.value).replace("\n", " ").replace("`", "")
-        for field, text in zip(body, body[1:], strict=False)
+        for field, text in pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
         and isinstance(text, ast.Expr)

@@ -32,8 +32,8 @@ def note(message: str) -> None:
 class StageColors:
     """Colours the text of a stream by the stage that proposed each token.
 
-    ``Chunk.text`` lags behind ``Chunk.tokens`` while a character or a stop string is incomplete, so the pieces of the tokens
-    are queued here with their stages, and as much is coloured as the stream has released.
+    ``Chunk.text`` lags behind ``Chunk.tokens`` while a character or a stop string is incomplete, so the pieces of the
+    tokens are queued here with their stages, and as much is coloured as the stream has released.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -88,7 +88,7 @@ def stats_line(completion: Completion, legend: bool = False) -> str:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table on standard output: drawn on a terminal, plain elsewhere. The first column is text, the others figures."""
+    """A table on standard output: drawn on a terminal, plain elsewhere. The first column is text."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -7,10 +7,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
-
-from quantspec.errors import Interrupted
 
 
 class Terminated(BaseException):
@@ -35,8 +33,11 @@ def terminable() -> Iterator[None]:
 
 
 class Stop:
-    """Asks running work to stop where it is safe. The first signal makes ``stop()`` true and calls ``then``; a second one
-    ends the work at once. An ``Interrupted`` that leaves the block takes the signal's exit code."""
+    """Asks running work to stop where it is safe.
+
+    The first signal makes ``stop()`` true and calls ``then``; a second one ends the work at once. ``code`` is the exit
+    code that the signal asks for.
+    """
 
     def __init__(self, message: str, then: Callable[[], None] | None = None) -> None:
         self._message, self._then = message, then
@@ -51,13 +52,9 @@ class Stop:
             self._previous = {which: signal.signal(which, self._on) for which in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for which, handler in self._previous.items():
             signal.signal(which, handler)
-        if isinstance(error, Interrupted) and self.code:
-            error.exit_code = self.code
 
     def _on(self, signum: int, frame: FrameType | None) -> None:
         if self.code:

@@ -100,7 +100,7 @@ def train() -> None:
     type=SourceType(),
     multiple=True,
     required=True,
-    help="JSONL, text or folder of .py (may be repeated).",
+    help="JSONL, text, or .py folder (repeatable).",
 )
 @_options(CorpusConfig, "sources")
 def tokenizer(sources: tuple[Source, ...], **options: Any) -> None:
@@ -113,14 +113,14 @@ def tokenizer(sources: tuple[Source, ...], **options: Any) -> None:
 
 @train.command(short_help="A decoder from scratch.")
 @click.option(
-    "--preset", type=click.Choice(tuple(PRESETS)), default="cpu", show_default=True, help="Sizes for this machine."
+    "--preset", type=click.Choice(tuple(PRESETS)), default="cpu", show_default=True, help="Sizes of the family."
 )
 @click.option(
     "--role",
     type=click.Choice(("target", "intermediate")),
     default="target",
     show_default=True,
-    help="Which of the family.",
+    help="Which member.",
 )
 @_options(LMConfig, "shape")
 def lm(preset: str, role: str, **options: Any) -> None:

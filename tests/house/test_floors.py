@@ -1,7 +1,7 @@
 """The architecture as a test: a module imports only lower floors, and files stay short enough to be read.
 
-The table is the one in CONTRIBUTING.md. Imports are read from the syntax tree, so that lazy imports inside functions and
-imports for type checkers count too: an arrow that points up is one wherever it stands.
+The table is the one in CONTRIBUTING.md. Imports are read from the syntax tree, so that lazy imports inside functions
+and those for type checkers count too: an arrow that points up is one wherever it stands.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def test_package_files_are_short() -> None:
 
 
 def test_package_inits_are_inert() -> None:
-    """Only ``quantspec/__init__`` may import at all, and it only floor 0 at its top: `--help` passes through every one."""
+    """Only ``quantspec/__init__`` may import, and at its top only floor 0: `--help` passes through every one."""
     for name, path in MODULES:
         if path.name != "__init__.py":
             continue
