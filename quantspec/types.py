@@ -91,7 +91,8 @@ class Draft:
 
     def _merge_duplicate_siblings(self) -> None:
         kept: dict[tuple[int, int], int] = {}
-        new_id, keep = {-1: -1}, []
+        keep: list[tuple[int, int]] = []
+        new_id = {-1: -1}
         for i, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True)):
             key = (new_id[parent], token)
             if key not in kept:

@@ -120,8 +120,8 @@ class WarpChain:
         if self._bias_ids.size:
             rows[:, self._bias_ids] += self._bias
         if self._masks:
-            early = [i for i, state in enumerate(states) if state.generated < params.min_new_tokens]
-            rows[np.ix_(early, self._stop_ids)] = -np.inf
+            early = np.array([state.generated < params.min_new_tokens for state in states])
+            rows[np.ix_(np.flatnonzero(early), self._stop_ids)] = -np.inf
         if self.greedy:
             return rows
         rows = rows / np.float32(params.temperature)

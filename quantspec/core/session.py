@@ -85,23 +85,28 @@ class Session:
         self.cache.commit([*range(lag), *(lag + node for node in verdict.path)])
         self._append(verdict.emitted)
         self.finish = verdict.finish
-        assert self.lag == 1 and self.remaining >= 0
+        assert self.lag == 1, "a step caches all but the last token"
+        assert self.remaining >= 0, "more tokens than were asked for"
 
     def commit_lag(self, rows: int) -> None:
         """A chunk of the lag, ``rows`` long, went through the model: these rows are cached, no token is new."""
         assert rows < self.lag, "the last committed token belongs to a step"
         self.cache.commit(range(rows))
 
-    def truncate(self, length: int) -> None:
-        """Take back all tokens from ``length`` on: an outer level rejected them."""
+    def truncate(self, length: int, then: Sequence[int] = ()) -> None:
+        """Take back all tokens from ``length`` on, which an outer level rejected, and go on with ``then`` instead.
+
+        Rows of the first ``length`` tokens stay cached, except the last token's own, which is always fed.
+        """
         assert self.final <= length <= len(self.tokens), "confirmed tokens cannot be taken back"
         self.finish = None
-        if length == len(self.tokens):
-            return
-        del self.tokens[length:]
-        if self.cached > length - 1:
-            self.cache.truncate(length - 1)
-        self.state = self.chain.at(self.tokens[self.prompt_length :])
+        if length < len(self.tokens):
+            del self.tokens[length:]
+            self.state = self.chain.at(self.tokens[self.prompt_length :])
+        self._append(then)
+        fed = min(length, len(self.tokens) - 1)
+        if self.cached > fed:
+            self.cache.truncate(fed)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append output tokens that another level committed; they are lag until the next forward."""

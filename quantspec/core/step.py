@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from dataclasses import replace
 from typing import Any
 
 from quantspec.core.drafter import Drafter
@@ -26,16 +28,18 @@ def step(
     budgets: Sequence[Budget],
     trim: Callable[[Session, Verdict], Verdict] = trim_limits,
     notice: Callable[[str], None] = warn,
+    top_k: int = 0,
 ) -> list[Verdict]:
     """Advance every session by at least one token; returns what each committed.
 
     ``states`` come from ``drafter.open``, one per session. ``trim`` cuts a verdict before it is committed (the default
-    knows stop tokens and the token limit). A drafter that raises costs speed, never the text: its draft is empty and
-    ``notice`` gets a line.
+    knows stop tokens and the token limit). ``top_k`` asks for ``Verdict.top`` beyond what the drafter needs. A drafter that raises costs speed, never the text: its draft is empty and
+    ``notice`` gets a line. ``top_k`` asks for that many best tokens of every row, should the drafter want fewer.
     """
     assert all(session.finish is None for session in sessions), "a finished sequence was stepped"
     drafts = _propose(sessions, states, drafter, budgets, notice)
-    verdicts = verifier.verify(sessions, drafts, drafter.needs)
+    needs = drafter.needs if top_k <= drafter.needs.top_k else replace(drafter.needs, top_k=top_k)
+    verdicts = verifier.verify(sessions, drafts, needs)
     verdicts = [trim(session, verdict) for session, verdict in zip(sessions, verdicts, strict=True)]
     for session, verdict in zip(sessions, verdicts, strict=True):
         session.commit(verdict)
