@@ -65,9 +65,9 @@ def load_tokenizer(folder: Path) -> Any:
 def token_rows(
     texts: Sequence[str], tokenizer: Any, eos_id: int | None, seq_len: int, num_rows: int, seed: int | None
 ) -> Tensor:
-    """Rows of token ids ``[rows, seq_len]`` int64: documents shuffled by ``seed`` (None: kept in order), each encoded with
-    its special tokens and closed by ``eos_id``, joined end to end and cut. At most ``num_rows``; a short text gives fewer
-    rows, and less than ``seq_len`` tokens one shorter row."""
+    """Rows of token ids ``[rows, seq_len]`` int64: documents shuffled by ``seed`` (None: kept in order), each encoded
+    with its special tokens and closed by ``eos_id``, joined end to end and cut. At most ``num_rows``; a short text
+    gives fewer rows, and less than ``seq_len`` tokens one shorter row."""
     import torch
 
     order = list(texts)

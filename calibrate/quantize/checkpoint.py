@@ -16,8 +16,8 @@ _OWN = ("config.json", INDEX, atomic.MANIFEST)
 
 
 def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
-    """What vLLM, SGLang and transformers read. ``ignore`` names real modules. No ``actorder`` key: the order was static,
-    and naming it makes loaders look for indices."""
+    """What vLLM, SGLang and transformers read. ``ignore`` names real modules. No ``actorder`` key: the order was
+    static, and naming it makes loaders look for indices."""
     weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False}
     if scheme.group_size == CHANNEL:
         weights |= {"strategy": "channel"}

@@ -31,7 +31,8 @@ class QuantizeConfig:
     seq_len: int = 512
     seed: int = 0
     ignore: tuple[str, ...] = ()
-    """Shell-style patterns of linear layers to keep as they are, like ``model.layers.0.*``. Embedding and head always are."""
+    """Shell-style patterns of linear layers to keep as they are, like ``model.layers.0.*``. Embedding and head always
+    are."""
     resume: bool = True
     """Go on from the finished layers of an interrupted run with the same model, calibration and settings."""
     device: str = "cpu"
@@ -48,9 +49,9 @@ class QuantizeConfig:
 class LayerResult:
     """How one linear layer was quantized.
 
-    ``error`` is the relative output MSE on the calibration inputs; with method "rtn", which looks at no inputs, the relative
-    weight MSE. ``damping`` is the share of the mean Hessian diagonal that was added to it. ``fallback_reason`` says why
-    round-to-nearest took the place of GPTQ.
+    ``error`` is the relative output MSE on the calibration inputs; with method "rtn", which looks at no inputs, the
+    relative weight MSE. ``damping`` is the share of the mean Hessian diagonal that was added to it.
+    ``fallback_reason`` says why round-to-nearest took the place of GPTQ.
     """
 
     name: str
@@ -66,7 +67,8 @@ Stage = Literal["layer", "resume", "evaluate", "note"]
 
 @dataclass(frozen=True)
 class Event:
-    """Progress: ``stage`` is "layer" (one linear layer done: ``result``), "resume", "evaluate" or "note" (``message``)."""
+    """Progress: ``stage`` is "layer" (one linear layer done: ``result``), "resume", "evaluate" or "note"
+    (``message``)."""
 
     stage: Stage
     done: int
@@ -77,9 +79,9 @@ class Event:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What came out. Perplexities, ``kl`` (mean nats, dense || quantized) and ``top1_agreement`` are of held-out text, None
-    when not measured. ``peak_bytes`` is the process's peak resident memory, ``tensor_bytes`` the largest sum of weights,
-    Hessians and activations that this run held at once."""
+    """What came out. Perplexities, ``kl`` (mean nats, dense || quantized) and ``top1_agreement`` are of held-out text,
+    None when not measured. ``peak_bytes`` is the process's peak resident memory, ``tensor_bytes`` the largest sum of
+    weights, Hessians and activations that this run held at once."""
 
     out: str
     bytes_before: int

@@ -18,8 +18,8 @@ _HEAD_BLOCK = 16384  # vocabulary entries turned to fp32 at once
 
 @dataclass(frozen=True)
 class Comparison:
-    """Negative log-likelihoods in nats ``[S, T - 1]`` of each held-out token under both models; mean KL(before || after) in
-    nats and the share of positions with the same most likely token."""
+    """Negative log-likelihoods in nats ``[S, T - 1]`` of each held-out token under both models; mean KL(before ||
+    after) in nats and the share of positions with the same most likely token."""
 
     nll_before: Tensor
     nll_after: Tensor

@@ -1,4 +1,5 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, push each column's error onto the ones not yet rounded.
+"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, push each column's error onto the ones not yet
+rounded.
 
 Columns are solved in order of falling input power (static act-order): the group scales are fixed on the weight before
 solving, and the codes are stored in the original order, so that a checkpoint needs no ``g_idx``.
@@ -25,7 +26,8 @@ from quantspec.numerics.measures import relative_mse, relative_output_mse
 from quantspec.numerics.scheme import Scheme
 
 DAMPING_LADDER = (0.01, 0.1, 1.0)
-"""Shares of the mean Hessian diagonal to add to it, tried in turn until the factorization is sound and the result good."""
+"""Shares of the mean Hessian diagonal to add to it, tried in turn until the factorization is sound and the result
+good."""
 _BLOCK = 128  # columns solved between two updates of the whole rest
 
 
@@ -58,7 +60,8 @@ class Solution:
 
 
 def quantize_linear(name: str, weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> Solution:
-    """Quantize ``weight [N, K]`` by GPTQ on ``hessian [K, K]``, or by round-to-nearest where that is None or GPTQ fails.
+    """Quantize ``weight [N, K]`` by GPTQ on ``hessian [K, K]``, or by round-to-nearest where that is None or GPTQ
+    fails.
 
     Raises ``ModelError`` when the weight holds NaN or Inf.
     """
@@ -119,8 +122,9 @@ def solve(
 ) -> Tensor | None:
     """GPTQ codes ``[N, K]`` int8 for fixed group scales ``[N, G]``, or None where the damped Hessian is not sound.
 
-    Works in the Hessian's dtype. The rows of the upper Cholesky factor U of the inverse Hessian hold what the inverse of the
-    not yet solved columns' Hessian holds in its first row, over the square root of its corner: no inverse is recomputed.
+    Works in the Hessian's dtype. The rows of the upper Cholesky factor U of the inverse Hessian hold what the inverse
+    of the not yet solved columns' Hessian holds in its first row, over the square root of its corner: no inverse is
+    recomputed.
     """
     k = weight.shape[1]
     diagonal = hessian.diagonal()
@@ -130,7 +134,8 @@ def solve(
     factor = _inverse_factor(hessian, order, damping)
     if factor is None:
         return None
-    # Everything lies transposed, so that the column in hand is contiguous: rest and codes [K, N], scales and zeros [G, N].
+    # Everything lies transposed, so that the column in hand is contiguous: rest and codes [K, N], scales and zeros [G,
+    # N].
     rest = weight.T[order].to(hessian.dtype)
     scales = scale.T.to(hessian.dtype).contiguous()
     zeros = torch.zeros_like(scales) if zero_point is None else zero_point.T.to(hessian.dtype).contiguous()

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
-
-from quantspec.calibrate.quantize.config import QuantizeConfig
 
 
 @contextmanager
@@ -31,19 +27,3 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def resume_command(config: QuantizeConfig) -> str:
-    """The command line of a run: its folders, and the options that differ from their defaults."""
-    words = ["quantspec", "quantize", str(config.model), "--out", str(config.out)]
-    for option in fields(config)[2:]:
-        value, flag = getattr(config, option.name), "--" + option.name.replace("_", "-")
-        if value == option.default or option.name == "resume":
-            continue
-        if option.name == "symmetric":
-            words.append("--asymmetric")
-        elif option.name == "ignore":
-            words += [word for pattern in value for word in (flag, pattern)]
-        else:
-            words += [flag, str(value)]
-    return shlex.join(words)

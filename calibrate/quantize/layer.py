@@ -1,7 +1,8 @@
 """One decoder layer of a Llama, Mistral, Qwen2 or Qwen3 for calibration: dense batches ``[B, T, H]`` in fp32, no cache.
 
-It is cut at the inputs of its linear layers, so that a layer can be quantized group by group, each group on inputs that
-passed the already quantized ones. The decoder that generates is another one (``quantspec.models``): ragged and row-exact.
+It is cut at the inputs of its linear layers, so that a layer can be quantized group by group, each group on inputs
+that passed the already quantized ones. The decoder that generates is another one (``quantspec.models``): ragged and
+row-exact.
 """
 
 from __future__ import annotations

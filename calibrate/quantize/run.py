@@ -17,7 +17,7 @@ from quantspec.calibrate.quantize import checkpoint
 from quantspec.calibrate.quantize.config import Event, LayerResult, QuantizeConfig, QuantizeReport, Stage
 from quantspec.calibrate.quantize.evaluate import batches, compare
 from quantspec.calibrate.quantize.gptq import Hessian, quantize_linear
-from quantspec.calibrate.quantize.interrupt import deferred_interrupt, resume_command
+from quantspec.calibrate.quantize.interrupt import deferred_interrupt
 from quantspec.calibrate.quantize.layer import STAGES, DecoderLayer
 from quantspec.calibrate.quantize.plan import Plan
 from quantspec.calibrate.quantize.stream import HEAD, StreamedModel, layer_prefix, layer_weights
@@ -34,8 +34,9 @@ OnEvent = Callable[[Event], None]
 def run(config: QuantizeConfig, on_event: OnEvent | None = None) -> QuantizeReport:
     """Quantize ``config.model`` into ``config.out`` and say what came out; ``on_event`` hears of every linear layer.
 
-    The result is a compressed-tensors ``pack-quantized`` folder. A run that was cut goes on from its finished layers and
-    ends with the same bytes. Raises ``ModelError``, ``UsageError``, ``ResourceError``, or ``Interrupted`` after Ctrl-C.
+    The result is a compressed-tensors ``pack-quantized`` folder. A run that was cut goes on from its finished layers
+    and ends with the same bytes. Raises ``ModelError``, ``UsageError``, ``ResourceError``, or ``Interrupted`` after
+    Ctrl-C.
     """
     try:
         with torch.no_grad():
@@ -47,9 +48,8 @@ def run(config: QuantizeConfig, on_event: OnEvent | None = None) -> QuantizeRepo
             raise
         raise ResourceError("out of memory while quantizing", hint="lower --num-samples or --seq-len") from error
     except KeyboardInterrupt as error:
-        raise Interrupted(
-            "interrupted; finished layers are kept", hint=f"go on with: {resume_command(config)}"
-        ) from error
+        hint = "run the same command again to go on from them"
+        raise Interrupted("interrupted; finished layers are kept", hint=hint) from error
 
 
 class _Run:
@@ -107,7 +107,7 @@ class _Run:
                         self._advance(self._finished_layer(work, index), hidden)
                 else:
                     self._quantize_layer(work, index, hidden)
-                if interrupted() and index + 1 < self.source.config.num_layers:
+                if interrupted():
                     raise KeyboardInterrupt
                 if hidden is not None and not torch.isfinite(hidden).all():
                     raise ModelError(f"layer {index} of {self.config.model} gives NaN or Inf on the calibration text")
@@ -124,7 +124,7 @@ class _Run:
     def _quantize_layer(self, work: WorkFolder, index: int, hidden: Tensor | None) -> None:
         """Quantize decoder layer ``index``, record it, and move ``hidden [S, T, H]`` (in place) past it."""
         layer, prefix, store = self.source.layer(index), layer_prefix(index), self.source.store
-        tensors = {name: store.get(name) for name in store.keys() if name.startswith(prefix)}
+        tensors = {name: store.get(name) for name in store if name.startswith(prefix)}
         results: list[LayerResult] = []
         inputs = _stage_inputs(layer, hidden, self.config.device) if hidden is not None else repeat(None)
         for stage, batches_in in zip(STAGES, inputs, strict=False):
@@ -148,6 +148,8 @@ class _Run:
                 results.append(solution.result(prefix + name, seconds))
                 self.done += 1
                 self._say("layer", result=results[-1])
+                if solution.fallback_reason:
+                    self._say("note", f"{prefix}{name}: round-to-nearest, because {solution.fallback_reason}")
         work.record(tensors, results)
 
     def _account(self, layer: DecoderLayer, hidden: Tensor | None, hessian: Hessian | None) -> None:
@@ -162,7 +164,7 @@ class _Run:
         """Write all tensors outside the decoder layers as they are, and the small files."""
         model = self.source
         prefixes = tuple(layer_prefix(index) for index in range(model.config.num_layers))
-        names = [name for name in model.store.keys() if not name.startswith(prefixes)]
+        names = [name for name in model.store if not name.startswith(prefixes)]
         if model.config.tied and HEAD in names:  # a stale copy that loaders of tied models warn about
             names.remove(HEAD)
         atomic.save_tensors(work.shard(model.config.num_layers), {name: model.store.get(name) for name in names})
@@ -224,7 +226,8 @@ def _stage_inputs(layer: DecoderLayer, hidden: Tensor, device: str) -> Iterator[
 
 
 def _finished(config: QuantizeConfig, identity: str) -> QuantizeReport:
-    """The report of an output that the same settings have already made. Raises ``UsageError`` for anything else there."""
+    """The report of an output that the same settings have already made. Raises ``UsageError`` for anything else
+    there."""
     try:
         report = json.loads((config.out / REPORT).read_text())
         same = report.pop("fingerprint") == identity and atomic.verify_manifest(config.out)

@@ -53,7 +53,7 @@ def layer_weights(
     for name, shape in _shapes(config).items():
         stem = prefix + name.removesuffix("weight")
         if scheme is not None and f"{stem}weight_packed" in store:
-            packed = {key.removeprefix(stem): store.get(key).to(device) for key in store.keys() if key.startswith(stem)}
+            packed = {key.removeprefix(stem): store.get(key).to(device) for key in store if key.startswith(stem)}
             weight = dequantize(unpack_weight(packed, scheme))
         else:
             weight = store.get(prefix + name).to(device).float()

@@ -1,4 +1,5 @@
-"""The work folder ``<out>.partial``: finished layers, and the fingerprint they were made under, so that a run can resume."""
+"""The work folder ``<out>.partial``: finished layers, and the fingerprint they were made under, so that a run can
+resume."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class WorkFolder:
     """Finished decoder layers on disk. ``results[i]`` are the linear layers of decoder layer i, in order."""
 
     def __init__(self, out: Path, identity: str, num_layers: int, resume: bool) -> None:
-        self.path = out.with_name(out.name + ".partial")
+        self.path = out.resolve().with_name(out.resolve().name + ".partial")
         self.identity = identity
         self._shards = num_layers + 1
         self._layers: list[dict[str, Any]] = []
@@ -62,8 +63,9 @@ class WorkFolder:
 
     def finish(self, out: Path) -> None:
         """Turn the work folder into ``out``: the manifest is written last, then the folder takes its final name."""
-        for path in (self.path / _PROGRESS, *self.path.glob(".*.tmp")):
-            path.unlink(missing_ok=True)
+        with atomic.writing(self.path):
+            for path in (self.path / _PROGRESS, *self.path.glob(".*.tmp")):
+                path.unlink(missing_ok=True)
         atomic.write_manifest(self.path)
         atomic.rename_folder(self.path, out)
 

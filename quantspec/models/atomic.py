@@ -1,7 +1,7 @@
 """Files and folders that are whole or absent: atomic writes, and a manifest of sha256 sums written last.
 
-A file is written beside its place, flushed, fsynced, renamed, and its folder fsynced, so that neither a crash nor a full
-disk leaves half a file under its name. ``OSError`` becomes one ``ResourceError`` line.
+A file is written beside its place, flushed, fsynced, renamed, and its folder fsynced, so that neither a crash nor a
+full disk leaves half a file under its name. ``OSError`` becomes one ``ResourceError`` line.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             raw = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-            file.write(memoryview(raw.view(torch.uint8).numpy()) if raw.numel() else b"")
+            file.write(raw.view(torch.uint8).numpy().data if raw.numel() else b"")
 
 
 def sha256(path: Path) -> str:

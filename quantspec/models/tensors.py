@@ -1,8 +1,8 @@
 """Safe access to safetensors checkpoints: every header is checked against its file before a tensor is read.
 
-Format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, then the data, without
-holes or overlaps. Files are read, not mapped: a file that is cut later raises an error instead of killing the process with
-SIGBUS, and pages of tensors already used do not pile up in memory.
+Format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, then the data,
+without holes or overlaps. Files are read, not mapped: a file that is cut later raises an error instead of killing the
+process with SIGBUS, and pages of tensors already used do not pile up in memory.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 class TensorStore:
-    """All tensors of a checkpoint folder (one file, or shards with an index; or just ``files`` of it), read one at a time
-    on demand."""
+    """All tensors of a checkpoint folder (one file, or shards with an index; or just ``files`` of it), read one at a
+    time on demand."""
 
     def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.folder = Path(folder)
@@ -137,6 +137,9 @@ class TensorStore:
                 raise ModelError(f"{self.folder}: tensor {missing[0]} is in the index but in no shard", hint=_DAMAGED)
 
     def keys(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
     def __contains__(self, name: object) -> bool:
@@ -162,7 +165,7 @@ class TensorStore:
         data = torch.empty(info.end - info.begin, dtype=torch.uint8)
         with open(info.file, "rb", buffering=0) as file:
             file.seek(info.begin)
-            view = memoryview(data.numpy())
+            view = data.numpy().data
             while len(view):
                 count = file.readinto(view)
                 if not count:

@@ -1,7 +1,7 @@
 """Affine quantization of weights, and its inverse. Pure functions: the oracle that kernels and checkpoints are held to.
 
-The rules are compressed-tensors': symmetric scales are ``absmax / ((2**bits - 1) / 2)`` (7.5 steps at 4 bits, so both ends
-of the code range are used), zero is always representable, rounding is to the nearest even code.
+The rules are compressed-tensors': symmetric scales are ``absmax / ((2**bits - 1) / 2)`` (7.5 steps at 4 bits, so both
+ends of the code range are used), zero is always representable, rounding is to the nearest even code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from quantspec.numerics.scheme import Scheme
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """``codes [N, K]`` int8, ``scale [N, G]`` in the scheme's dtype, ``zero_point [N, G]`` int8 (None when symmetric)."""
+    """``codes [N, K]`` int8, ``scale [N, G]`` in the scheme's dtype, ``zero_point [N, G]`` int8 (None when
+    symmetric)."""
 
     codes: Tensor
     scale: Tensor

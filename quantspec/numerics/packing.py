@@ -1,7 +1,8 @@
 """compressed-tensors ``pack-quantized``: codes as dense little-endian bit strings in int32 words.
 
-A row of K codes of ``bits`` bits takes ``ceil(K * bits / 32)`` words. Code i, stored as ``q + 2**(bits - 1)``, takes bits
-``i * bits .. (i + 1) * bits - 1`` counted from the lowest bit of word 0, so 3, 5, 6 and 7-bit codes cross word borders.
+A row of K codes of ``bits`` bits takes ``ceil(K * bits / 32)`` words. Code i, stored as ``q + 2**(bits - 1)``, takes
+bits ``i * bits .. (i + 1) * bits - 1`` counted from the lowest bit of word 0, so 3, 5, 6 and 7-bit codes cross word
+borders.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
-    """Inverse of ``pack_codes``: int8 codes ``[N, k]``. Raises ``ModelError`` when the word count does not fit ``k``."""
+    """Inverse of ``pack_codes``: int8 codes ``[N, k]``. Raises ``ModelError`` when the word count does not fit
+    ``k``."""
     n, used = words.shape
     if used != -(-k * bits // _WORD):
         raise ModelError(

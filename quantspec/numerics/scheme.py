@@ -14,9 +14,10 @@ CHANNEL = -1
 class Scheme:
     """Affine integer quantization of a weight ``[N, K]`` along K.
 
-    Codes are signed, ``q_min..q_max``; a weight is ``scale * (q - zero_point)`` with a zero point of 0 when ``symmetric``.
-    ``group_size`` codes in a row share one scale (``CHANNEL``: all K); where it does not divide K the last group is shorter.
-    ``dtype`` names the type of the *stored* scales: codes are chosen with scales already rounded to it.
+    Codes are signed, ``q_min..q_max``; a weight is ``scale * (q - zero_point)`` with a zero point of 0 when
+    ``symmetric``. ``group_size`` codes in a row share one scale (``CHANNEL``: all K); where it does not divide K the
+    last group is shorter. ``dtype`` names the type of the *stored* scales: codes are chosen with scales already
+    rounded to it.
     """
 
     bits: int = 4
