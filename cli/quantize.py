@@ -26,6 +26,9 @@ FLAGS = {
     "method": Flag(help="gptq measures inputs on calibration text; rtn rounds to nearest."),
     "bits": Flag(help="Bits per weight."),
     "symmetric": Flag(help="Store no zero points, or do.", off="--asymmetric"),
+    "seq_len": Flag(help="Tokens in a row of calibration or held-out text."),
+    "calibration": Flag(help="Text to calibrate on: .jsonl, or .txt split at <|doc|> lines. Default: a bundled set."),
+    "held_out": Flag(help="Text for the closing report. Default: a bundled set, disjoint from the calibration text."),
     "seed": Flag(help="Chooses the calibration rows."),
     "device": Flag(help="Where layers are computed: cpu, cuda, ..."),
 }
