@@ -1,4 +1,4 @@
-"""A tiny model folder made by hand (importing transformers costs seconds), and ``call``: the command line in-process."""
+"""A tiny model folder made by hand (importing transformers costs seconds), and the command line in-process."""
 
 from __future__ import annotations
 
