@@ -1,0 +1,149 @@
+"""From a configuration to a running engine: the only module that names concrete drafters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from quantspec.core.drafter import Drafter, NoDrafter, TargetParts
+from quantspec.core.verify import Verifier
+from quantspec.drafters.cascade import Cascade
+from quantspec.drafters.config import CascadeOptions, EagleOptions, LookupOptions
+from quantspec.drafters.draft_model import draft_model
+from quantspec.drafters.eagle import Eagle
+from quantspec.drafters.lookup import PromptLookup
+from quantspec.engine.config import EngineConfig
+from quantspec.engine.engine import Engine, is_out_of_memory
+from quantspec.engine.stats import TimedVerifier
+from quantspec.errors import ModelError, ResourceError, UsageError
+from quantspec.models.base import CausalModel
+from quantspec.models.load import load_model
+from quantspec.models.resolve import resolve
+from quantspec.models.tokenizer import Tokenizer
+from quantspec.types import Budget
+
+NEEDED = {
+    "none": (),
+    "lookup": (),
+    "draft": ("draft_model",),
+    "eagle": ("head",),
+    "cascade": ("draft_model", "head"),
+}
+"""The parts, as fields of ``EngineConfig``, that each method is made of."""
+
+FAMILY = {
+    "draft": {"draft_model": "default/intermediate"},
+    "eagle": {"head": "default/eagle-target"},
+    "cascade": {"draft_model": "default/intermediate", "head": "default/eagle-intermediate"},
+}
+"""The default family's parts for each method."""
+
+
+def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
+    """Load the target and its drafters.
+
+    Raises ``UsageError`` for parts that do not make the method, ``ModelError`` for a model that is missing or damaged or
+    does not fit its target, ``ResourceError`` if the target does not fit into memory. ``notice`` gets one line for each thing
+    that is not as asked for.
+    """
+    config = with_parts(config, notice)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    folder = resolve(config.model)
+    try:
+        model = _load(folder, config)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(f"{config.model} does not fit into memory", hint="quantize it first") from error
+    tokenizer = Tokenizer(folder)
+    try:
+        drafter, draft_bytes = _drafter(config, notice)
+        drafter.prepare(TargetParts(model, tokenizer))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        notice(f"out of memory: going on without the drafter of method {config.method}")
+        config, drafter, draft_bytes = replace(config, method="none"), NoDrafter(), 0
+    return Engine(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        verifier=TimedVerifier(model, rule=config.rule, prefill_chunk=config.prefill_chunk),
+        drafter=drafter,
+        eos_ids=frozenset(tokenizer.eos_ids),
+        weight_bytes=model.weight_bytes + draft_bytes,
+        tell=notice,
+    )
+
+
+def with_parts(config: EngineConfig, notice: Callable[[str], None]) -> EngineConfig:
+    """The configuration with its method resolved and the parts of that method named."""
+    given = {name: getattr(config, name) for name in ("draft_model", "head") if getattr(config, name) is not None}
+    family = FAMILY if config.model == "default" else {}
+    method = config.method
+    if method is None:
+        method = next((each for each in ("cascade", "draft", "eagle") if set(NEEDED[each]) == given.keys()), None)
+    if method is None:
+        method = "cascade" if _present(family.get("cascade", {})) else "lookup"
+        if method == "lookup":
+            notice(f"{config.model} comes with no drafter: using prompt lookup")
+    parts = {**family.get(method, {}), **given}
+    for name in parts:
+        if name not in NEEDED[method]:
+            raise UsageError(f"method {method} does not use {name}", hint=f"leave out {name}, or choose another method")
+    for name in NEEDED[method]:
+        if name not in parts:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"method {method} needs {name}", hint=f"name it with {option} ({name}= in Python)")
+    return replace(config, method=method, **parts)
+
+
+def _present(parts: dict[str, str]) -> bool:
+    try:
+        return bool(parts) and all(resolve(name) for name in parts.values())
+    except ModelError:
+        return False
+
+
+def _load(folder: Path, config: EngineConfig) -> CausalModel:
+    return load_model(folder, dtype=getattr(torch, config.dtype), device=config.device, kernels=config.kernels)
+
+
+def _drafter(config: EngineConfig, notice: Callable[[str], None]) -> tuple[Drafter, int]:
+    """The method's drafter, and the bytes of its weights."""
+    if config.method == "lookup":
+        options = LookupOptions(
+            prompt_lookup_max=config.prompt_lookup_max, prompt_lookup_min=config.prompt_lookup_min
+        )
+        return PromptLookup(options), 0
+    if config.method == "eagle":
+        return _eagle(config)
+    if config.method in ("draft", "cascade"):
+        assert config.draft_model is not None, "named by with_parts"
+        folder = resolve(config.draft_model)
+        model, tokenizer = _load(folder, config), Tokenizer(folder)
+        if config.method == "draft":
+            return draft_model(model, tokenizer, config.max_nodes), model.weight_bytes
+        inner, head_bytes = _eagle(config)
+        budget = Budget(config.tree_nodes, config.tree_depth)
+        cascade = Cascade(
+            inner,
+            Verifier(model, stage="intermediate", prefill_chunk=config.prefill_chunk),
+            CascadeOptions(min_draft=config.min_draft),
+            tokenizer=tokenizer,
+            inner_budget=lambda session: budget,
+            notice=notice,
+        )
+        return cascade, model.weight_bytes + head_bytes
+    return NoDrafter(), 0
+
+
+def _eagle(config: EngineConfig) -> tuple[Drafter, int]:
+    assert config.head is not None, "named by with_parts"
+    folder = resolve(config.head)
+    options = EagleOptions(top_k=config.tree_top_k, depth=config.tree_depth)
+    return Eagle(folder, options), sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,0 +1,164 @@
+"""What the engine can be asked to do. Torch-free: the command line takes its options' defaults from here.
+
+vLLM's ``speculative_config`` keys are understood verbatim (``from_speculative_config``), so that a working configuration can
+be carried over without translation.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+from quantspec.drafters.config import CascadeOptions, EagleOptions, LookupOptions
+from quantspec.errors import UsageError
+
+METHODS = ("none", "lookup", "draft", "eagle", "cascade")
+"""What proposes tokens: nothing, prompt lookup, a small model, an EAGLE head, or an EAGLE tree filtered by a small model."""
+
+MODES = ("exact", "fast")
+"""``exact``: a row has the same bits at any width, so text equals plain decoding. ``fast``: up to rounding only."""
+
+RULES = ("exact", "ratio")
+"""``exact``: keyed noise, the text does not depend on the drafter. ``ratio``: min(1, p/q), equal in distribution, chains only."""
+
+VLLM_METHODS = {"ngram": "lookup", "draft_model": "draft", "eagle": "eagle"}
+
+DEFAULT_SPECULATIVE_TOKENS = {"none": 0, "lookup": 8, "draft": 5, "eagle": 15, "cascade": 10}
+
+_CASCADE, _EAGLE, _LOOKUP = CascadeOptions(), EagleOptions(), LookupOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One target and what speculates for it.
+
+    ``model``, ``draft_model`` (the drafter of ``draft``, the intermediate of ``cascade``) and ``head`` (an EAGLE head) are
+    names that ``models.resolve`` understands. ``method`` None takes the best one that the named parts allow.
+    ``num_speculative_tokens`` bounds the draft tokens in one target forward (None: the method's default), ``min_draft`` is
+    the length at which a cascade asks its target. ``tree_*`` shape the EAGLE tree: depth in levels, children per node, and
+    (for a cascade, where the tree meets the intermediate) nodes. ``max_context`` in tokens bounds the cache below the model's own
+    limit. ``max_batch`` sequences run at a time; more wait. ``threads`` None leaves torch's choice.
+    """
+
+    model: str = "default"
+    method: str | None = None
+    draft_model: str | None = None
+    head: str | None = None
+    num_speculative_tokens: int | None = None
+    min_draft: int = _CASCADE.min_draft
+    tree_nodes: int = DEFAULT_SPECULATIVE_TOKENS["eagle"]
+    tree_depth: int = _EAGLE.depth
+    tree_top_k: int = _EAGLE.top_k
+    prompt_lookup_max: int = _LOOKUP.prompt_lookup_max
+    prompt_lookup_min: int = _LOOKUP.prompt_lookup_min
+    rule: str = "exact"
+    mode: str = "exact"
+    dtype: str = "float32"
+    device: str = "cpu"
+    kernels: str = "reference"
+    max_context: int | None = None
+    max_batch: int = 8
+    prefill_chunk: int = 512
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (("method", METHODS), ("mode", MODES), ("rule", RULES)):
+            value = getattr(self, name)
+            if value not in choices and not (name == "method" and value is None):
+                hint = did_you_mean(str(value), choices) or f"one of {', '.join(choices)}"
+                raise UsageError(f"unknown {name} {value!r}", hint=hint)
+        for name, least in (
+            ("num_speculative_tokens", 0),
+            ("min_draft", 1),
+            ("tree_nodes", 1),
+            ("tree_depth", 1),
+            ("tree_top_k", 1),
+            ("prompt_lookup_min", 1),
+            ("prompt_lookup_max", self.prompt_lookup_min),
+            ("max_context", 2),
+            ("max_batch", 1),
+            ("prefill_chunk", 1),
+            ("threads", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+                raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if self.rule == "ratio" and self.method not in ("none", "draft"):
+            raise UsageError(
+                f"the ratio rule verifies chains that carry probabilities, which method {self.method or 'auto'} does not send",
+                hint="use --method draft, or the default rule",
+            )
+
+    @property
+    def max_nodes(self) -> int:
+        """Draft tokens in one target forward, at most; for a resolved ``method``."""
+        assert self.method is not None, "resolved by build"
+        if self.method == "none":
+            return 0
+        asked = self.num_speculative_tokens
+        return DEFAULT_SPECULATIVE_TOKENS[self.method] if asked is None else asked
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> Self:
+        """From a config file's or ``load``'s keys; ``speculative_config`` is a mapping in vLLM's spelling. An unknown key
+        is a ``UsageError`` that names the nearest known one."""
+        own = {key: value for key, value in options.items() if key != "speculative_config"}
+        refuse_unknown(own, (*_names(cls), "speculative_config"), "option")
+        config = cls(**own)
+        speculative = options.get("speculative_config")
+        return config if speculative is None else config.with_speculative(speculative)
+
+    def with_speculative(self, speculative: Mapping[str, Any]) -> Self:
+        """This config with vLLM's ``speculative_config`` keys laid over it."""
+        if not isinstance(speculative, Mapping):
+            raise UsageError(f"speculative_config must be a mapping of keys to values, not {speculative!r}")
+        own = dict(speculative)
+        names = ("model", *(name for name in _names(type(self)) if name in _SPECULATIVE))
+        refuse_unknown(own, names, "speculative_config key")
+        model = own.pop("model", None)
+        method = own.pop("method", None) or _guess_method(model)
+        if method not in VLLM_METHODS and method not in METHODS:
+            raise UsageError(
+                f"speculative_config method {method!r} is not supported",
+                hint=f"supported: {', '.join((*VLLM_METHODS, *METHODS))}",
+            )
+        own["method"] = VLLM_METHODS.get(method, method)
+        if model is not None and own["method"] in ("draft", "cascade"):
+            own["draft_model"] = model
+        elif model is not None and own["method"] == "eagle":
+            own["head"] = model
+        return replace(self, **own)
+
+
+_SPECULATIVE = frozenset(
+    "method draft_model head num_speculative_tokens min_draft tree_nodes tree_depth tree_top_k prompt_lookup_max "
+    "prompt_lookup_min rule".split()
+)
+
+
+def refuse_unknown(options: Iterable[str], known: Iterable[str], kind: str) -> None:
+    """Raise a ``UsageError`` for the first key of ``options`` that is not ``known``, with the nearest known name."""
+    known = tuple(known)
+    for key in options:
+        if key not in known:
+            hint = did_you_mean(str(key), known) or f"known: {', '.join(known)}"
+            raise UsageError(f"unknown {kind} {key!r}", hint=hint)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """A hint that names the nearest known word, if one is near."""
+    near = difflib.get_close_matches(word, tuple(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else None
+
+
+def _guess_method(model: str | None) -> str:
+    # vLLM reads a missing method off the model: a name means a draft model, and "ngram" itself means lookup.
+    if model is None:
+        raise UsageError("speculative_config needs a method or a model")
+    return "ngram" if model in ("ngram", "[ngram]") else "draft_model"
+
+
+def _names(config: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(config))
