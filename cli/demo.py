@@ -120,9 +120,9 @@ def _cache() -> Path:
 
 def _generate(target: Path, method: str, params: SamplingParams) -> tuple[list[Completion], int]:
     """The completions of all prompts, one at a time, and the bytes of weights that it took."""
+    from quantspec.engine.build import FAMILY
     from quantspec.engine.llm import load
 
-    parts = {"eagle": {"head": "default/eagle"}, "cascade": {"draft_model": "default/intermediate"}}
-    llm = load(str(target), method=method, notice=note, **parts.get(method, {}))
+    llm = load(str(target), method=method, notice=note, **FAMILY.get(method, {}))
     llm.generate(PROMPTS[0], SamplingParams(max_new_tokens=8))  # a first run pays for caches and thread pools
     return [llm.generate(prompt, params) for prompt in PROMPTS], llm.weight_bytes
