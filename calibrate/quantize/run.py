@@ -6,7 +6,6 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator
-from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -126,8 +125,8 @@ class _Run:
         layer, prefix, store = self.source.layer(index), layer_prefix(index), self.source.store
         tensors = {name: store.get(name) for name in store if name.startswith(prefix)}
         results: list[LayerResult] = []
-        inputs = _stage_inputs(layer, hidden, self.config.device) if hidden is not None else repeat(None)
-        for stage, batches_in in zip(STAGES, inputs, strict=False):
+        inputs = _stage_inputs(layer, hidden, self.config.device) if hidden is not None else [None] * len(STAGES)
+        for stage, batches_in in zip(STAGES, inputs, strict=True):
             started = time.perf_counter()
             hessian = None
             if batches_in is not None:
@@ -150,6 +149,8 @@ class _Run:
                 self._say("layer", result=results[-1])
                 if solution.fallback_reason:
                     self._say("note", f"{prefix}{name}: round-to-nearest, because {solution.fallback_reason}")
+        if hidden is not None:
+            _pass_mlp(layer, hidden, self.config.device)
         work.record(tensors, results)
 
     def _account(self, layer: DecoderLayer, hidden: Tensor | None, hessian: Hessian | None) -> None:
@@ -201,7 +202,7 @@ def _stage_inputs(layer: DecoderLayer, hidden: Tensor, device: str) -> Iterator[
     """For each of ``STAGES``, the batches its linear layers read.
 
     Whoever takes a stage's batches puts the quantized weights into ``layer`` before taking the next stage's, which pass
-    through them. At the end ``hidden [S, T, H]`` has moved past the layer, in place.
+    through them. ``hidden [S, T, H]`` moves past the attention, in place.
     """
     config = layer.config
     attended = hidden.new_empty(*hidden.shape[:2], config.num_heads * config.head_dim)
@@ -220,6 +221,10 @@ def _stage_inputs(layer: DecoderLayer, hidden: Tensor, device: str) -> Iterator[
     yield attention_outputs()
     yield mlp_inputs()
     yield (layer.gated(layer.mlp_input(states.to(device))) for states in batches(hidden))
+
+
+def _pass_mlp(layer: DecoderLayer, hidden: Tensor, device: str) -> None:
+    """Move ``hidden [S, T, H]``, in place, from behind the attention to behind the layer."""
     for states in batches(hidden):
         on_device = states.to(device)
         states.copy_(on_device + layer.linear("mlp.down_proj", layer.gated(layer.mlp_input(on_device))))

@@ -14,7 +14,8 @@ from quantspec.numerics.scheme import Scheme
 
 
 def correlated_inputs(rows: int, k: int, seed: int) -> Tensor:
-    """Inputs [rows, k] whose columns mix few factors, with powers that differ a hundredfold: nothing like the identity."""
+    """Inputs [rows, k] whose columns mix few factors, with powers that differ a hundredfold: nothing like the
+    identity."""
     g = torch.Generator().manual_seed(seed)
     factors = torch.randn(rows, k // 4, generator=g) @ torch.randn(k // 4, k, generator=g)
     noise = 0.3 * torch.randn(rows, k, generator=g)
@@ -30,7 +31,8 @@ def oracle(
     damping: float,
     act_order: bool,
 ) -> Tensor:
-    """Optimal brain quantization by its formula: the inverse Hessian of the columns still free is computed anew each time."""
+    """Optimal brain quantization by its formula: the inverse Hessian of the columns still free is computed anew each
+    time."""
     n, k = weight.shape
     weight, codes = weight.clone(), torch.zeros(n, k, dtype=torch.int8)
     power = [float(hessian[i, i]) for i in range(k)]
@@ -76,7 +78,7 @@ def test_beats_rounding_by_far_on_correlated_inputs(bits: int) -> None:
         hessian.add(chunk)
     solution = quantize_linear("w", weight, scheme, hessian.matrix)
     rtn = relative_output_mse(dequantize(quantize(weight, scheme)), weight, hessian.matrix)
-    assert solution.method == "gptq" and solution.damping == DAMPING_LADDER[0]
+    assert (solution.method, solution.damping) == ("gptq", DAMPING_LADDER[0])
     assert solution.error < 0.5 * rtn
     # The recorded error is the layer's true output error on those inputs (fp32 Hessian: three digits).
     exact, approximate = x @ weight.T, x @ dequantize(solution.quantized).T
@@ -121,16 +123,18 @@ def test_damping_climbs_then_falls_back_with_a_reason() -> None:
     hessian = x.T @ x / len(x)
     shifted = hessian - 0.6 * torch.eye(64)  # smallest eigenvalue about -0.2, mean diagonal 0.4
     climbed = quantize_linear("w", weight, scheme, shifted)
-    assert climbed.method == "gptq" and climbed.damping == 1.0
+    assert (climbed.method, climbed.damping) == ("gptq", 1.0)
     fallen = quantize_linear("w", weight, scheme, hessian - 20 * torch.eye(64))
-    assert fallen.method == "rtn" and "Cholesky" in str(fallen.fallback_reason)
+    assert fallen.method == "rtn"
+    assert "Cholesky" in str(fallen.fallback_reason)
     assert torch.equal(fallen.quantized.codes, quantize(weight, scheme).codes)
     overflowed = quantize_linear("w", weight, scheme, hessian * torch.inf)
-    assert overflowed.method == "rtn" and "overflow" in str(overflowed.fallback_reason)
+    assert overflowed.method == "rtn"
+    assert "overflow" in str(overflowed.fallback_reason)
 
 
 def test_refuses_nan_weights() -> None:
     weight = torch.ones(4, 32)
     weight[1, 3] = float("nan")
-    with pytest.raises(ModelError, match="mlp.up_proj.weight holds NaN"):
+    with pytest.raises(ModelError, match=r"mlp\.up_proj\.weight holds NaN"):
         quantize_linear("mlp.up_proj", weight, Scheme(4, 32), torch.eye(32))
