@@ -23,7 +23,7 @@ _CACHED_ROWS = 128  # a long draft's positions at a 128k vocabulary: 64 MB at mo
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The noise of one sequence: a 64-bit key. Its text is a function of the key, the target, the prompt and the parameters."""
+    """The noise of one sequence: a 64-bit key."""
 
     key: int
 
@@ -39,47 +39,62 @@ class Stream:
         return Stream(int.from_bytes(digest, "little"))
 
     def noise(self, t: int, vocab_size: int) -> NDArray[np.float32]:
-        """``log E(t, v)`` for all v, fp32 ``[vocab_size]``, read-only and cached. Entry v does not depend on ``vocab_size``."""
-        return _log_exponential(self.key, t, vocab_size)
+        """``log E(t, v)`` for all v, fp32 ``[vocab_size]``, read-only and cached. ``vocab_size`` changes no entry."""
+        return _noise_row(self.key, t, vocab_size)
+
+    def noise_at(
+        self, positions: Sequence[int], row: NDArray[np.int64], ids: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """``log E(positions[row[j]], ids[j])`` for all j: the same bits as ``noise`` has there."""
+        seeds = np.array([_seed(self.key, t) for t in positions], dtype=np.uint64)
+        return _log_exponential(_uniform(seeds[row] + (ids + 1).view(np.uint64) * np.uint64(_WEYL)))
 
     def coin(self, t: int) -> float:
         """A uniform number in (0, 1) for position t."""
-        return float(_uniform(self.key, t, 1)[0])
+        return float(_uniform(np.array([_seed(self.key, t)], dtype=np.uint64))[0])
 
 
 def _mix(z: int) -> int:
-    """SplitMix64's finalizer, on one Python integer."""
+    """SplitMix64's finalizer (Steele, Lea and Flood, 2014), on one Python integer."""
     z = ((z ^ (z >> 30)) * _MIX_1) & _MASK
     z = ((z ^ (z >> 27)) * _MIX_2) & _MASK
     return z ^ (z >> 31)
 
 
+def _seed(key: int, t: int) -> int:
+    """Where position t starts on SplitMix64's sequence; v counts on from there."""
+    return _mix(_mix(key) ^ (t * _WEYL & _MASK))
+
+
 @lru_cache(maxsize=8)
-def _weyl(size: int) -> NDArray[np.uint64]:
+def _counters(size: int) -> NDArray[np.uint64]:
     return np.arange(1, size + 1, dtype=np.uint64) * np.uint64(_WEYL)
 
 
-def _uniform(key: int, t: int, size: int) -> NDArray[np.float64]:
-    """``u = (k + 1/2) 2^-32`` below 1 - 2^-24, with k the high half of SplitMix64 seeded by (key, t): exact in float64."""
-    z = _weyl(size) + np.uint64(_mix(_mix(key) ^ (t * _WEYL & _MASK)))
+@lru_cache(maxsize=_CACHED_ROWS)
+def _noise_row(key: int, t: int, size: int) -> NDArray[np.float32]:
+    row = _log_exponential(_uniform(_counters(size) + np.uint64(_seed(key, t))))
+    row.flags.writeable = False
+    return row
+
+
+def _uniform(z: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """``u = (k + 1/2) 2^-32``, at most 1 - 2^-24, with k the high half of SplitMix64's output at ``z``, which is lost."""
     z ^= z >> np.uint64(30)
     z *= np.uint64(_MIX_1)
     z ^= z >> np.uint64(27)
     z *= np.uint64(_MIX_2)
-    z >>= np.uint64(32)  # the finalizer's last step, z ^ (z >> 31), does not reach bits 33..63, and bit 32 stays uniform
+    z >>= np.uint64(32)  # the finalizer's last step would only add bit 63 to bit 32
     u = z.astype(np.float64)
     u += 0.5
     u *= 2.0**-32
     return np.minimum(u, _MAX_U, out=u)
 
 
-@lru_cache(maxsize=_CACHED_ROWS)
-def _log_exponential(key: int, t: int, size: int) -> NDArray[np.float32]:
-    u = _uniform(key, t, size)
-    np.subtract(1.0, u, out=u)  # exact: u has 33 significant bits, so log(1 - u) is as good as log1p(-u)
+def _log_exponential(u: NDArray[np.float64]) -> NDArray[np.float32]:
+    """``log(-log1p(-u))``; ``u`` is lost. In float64, so that the result, rounded, is the same on every machine."""
+    np.subtract(1.0, u, out=u)  # exact, since u has 33 significant bits: the plain log is as good as log1p here
     np.log(u, out=u)
     np.negative(u, out=u)
     np.log(u, out=u)
-    row = u.astype(np.float32)
-    row.flags.writeable = False
-    return row
+    return u.astype(np.float32)

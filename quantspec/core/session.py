@@ -122,6 +122,7 @@ class Session:
         self.tokens.extend(tokens)
         for token in tokens:
             self.state = self.chain.advance(self.state, token)
+        self.state = self.chain.settle(self.state, self.tokens[self.prompt_length :])
 
 
 def trim(session: Session, verdict: Verdict) -> Verdict:

@@ -130,31 +130,31 @@ class Verifier:
         return draft.best_chain() if session.cache.chains_only else draft
 
     def _judge(self, session: Session, draft: Draft, logits: Tensor, needs: Needs) -> Verdict:
+        chain = session.chain
         states, depths = _along_the_tree(session, draft)
-        warped = session.chain.apply_rows(states, logits)
         positions = [len(session.tokens) + depth for depth in depths]
-        if self.rule == "exact":
-            y = session.chain.draw(warped, positions, session.stream)
-            path = accept(draft, y)
+        if self.rule == "ratio":
+            y, path = _judge_by_ratio(session, draft, chain.apply_rows(states, logits), positions)
         else:
-            y, path = _judge_by_ratio(session, draft, warped, positions)
+            y = chain.sample(states, logits, positions, session.stream)
+            path = accept(draft, y)
         top = None
         if needs.top_k:
-            scores = log_scores(warped, positions, None if session.chain.greedy else session.stream)
+            stream = None if chain.greedy else session.stream
+            scores = log_scores(chain.apply_rows(states, logits), positions, stream)
             best = scores.topk(min(needs.top_k, scores.shape[1]))
             top = (best.indices, best.values)
-        tokens = tuple(draft.tokens[node] for node in path)
+        tokens = tuple([draft.tokens[node] for node in path])
         next_token = y[path[-1] + 1 if path else 0]
-        emitted_rows = [0, *(node + 1 for node in path)]
         return Verdict(
             path=path,
             tokens=tokens,
             next_token=next_token,
             y=tuple(y),
-            stages=(*(draft.stages[node] for node in path), self.stage),
+            stages=(*[draft.stages[node] for node in path], self.stage),
             draft=draft,
             top=top,
-            logprobs=tuple(_logprobs(session, logits, emitted_rows, (*tokens, next_token))),
+            logprobs=_logprobs(chain, logits, [0, *(node + 1 for node in path)], (*tokens, next_token)),
         )
 
 
@@ -200,11 +200,16 @@ def _new_rows(
         yield tap, torch.cat([*(part[tap] for part in early), last]) if early else last
 
 
-def _logprobs(session: Session, logits: Tensor, rows: Sequence[int], tokens: Sequence[int]) -> Iterator[TokenLogprob]:
-    count = session.chain.params.logprobs
+def _logprobs(
+    chain: WarpChain, logits: Tensor, rows: Sequence[int], tokens: Sequence[int]
+) -> tuple[TokenLogprob, ...]:
+    """Of the raw distribution, for the emitted tokens; nothing unless the parameters ask."""
+    count = chain.params.logprobs
     if count is None:
-        return
+        return ()
+    result = []
     for scores, token in zip(torch.log_softmax(logits[rows].float(), dim=-1).cpu(), tokens, strict=True):
-        best = scores.topk(count)
+        best = scores.topk(min(count, len(scores)))
         top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        yield TokenLogprob(token, float(scores[token]), tuple(top))
+        result.append(TokenLogprob(token, float(scores[token]), tuple(top)))
+    return tuple(result)

@@ -1,0 +1,109 @@
+"""Top-k, top-p and min-p on rows of log scores, sparse: what is kept of a large vocabulary is a handful of tokens.
+
+All three keep a prefix of the row in descending order, ties by id. The prefix is found without a full sort where the mass
+of the largest entries settles it; the sums behind that decision are the same for either way and for any number of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantspec.errors import ModelError
+
+Rows = NDArray[np.float32]
+Ids = NDArray[np.int64]
+_PREFIXES = (128, 1024)  # sorted prefixes that are tried before the whole row
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Entries that survive, row by row and then by id: ``values[j]`` stands at ``[row[j], ids[j]]``. No row is empty."""
+
+    row: Ids
+    ids: Ids
+    values: Rows
+
+    def dense(self, shape: tuple[int, int]) -> Rows:
+        """``[m, V]`` with -inf elsewhere."""
+        rows = np.full(shape, -np.inf, np.float32)
+        rows[self.row, self.ids] = self.values
+        return rows
+
+    def argmax(self, values: Rows) -> list[int]:
+        """Per row the lowest id with the largest of ``values``, one per entry."""
+        starts = np.flatnonzero(np.diff(self.row, prepend=-1))
+        hits = np.flatnonzero(values == np.maximum.reduceat(values, starts)[self.row])
+        return self.ids[hits[np.searchsorted(self.row[hits], np.arange(len(starts)))]].tolist()
+
+
+def truncate(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Kept:
+    """What top-k (0 is off), then top-p, then min-p keep of log scores ``[m, V]``.
+
+    Top-p keeps the fewest tokens whose mass is at least ``top_p`` of what top-k left; min-p those with at least ``min_p``
+    times the probability of the best.
+
+    Raises:
+        ModelError: a row has no finite maximum.
+    """
+    size = rows.shape[1]
+    best = rows.max(axis=-1, keepdims=True)
+    check_finite(best)
+    prefixes = [min(top_k, size)] if top_k else [*(k for k in _PREFIXES if k < size), size]
+    # In fp32 and along rows, hence pairwise per row: the same sum in any company.
+    total = None if top_k or top_p == 1 else np.exp(rows - best).sum(axis=-1)
+    cut, count = np.empty(len(rows), np.float32), np.empty(len(rows), np.int64)
+    todo = np.arange(len(rows))
+    for k in prefixes:
+        top = _largest(rows if len(todo) == len(rows) else rows[todo], k)
+        count[todo] = _prefix_length(top, None if total is None else total[todo], top_p, min_p)
+        cut[todo] = top[np.arange(len(todo)), count[todo] - 1]
+        todo = todo[count[todo] == k]  # all of this prefix is kept, so that there may be more
+        if not todo.size:
+            break
+    return _at_least(rows, cut, count)
+
+
+def _largest(rows: Rows, k: int) -> Rows:
+    """The k largest entries of each row, in descending order."""
+    size = rows.shape[1]
+    top = np.partition(rows, size - k, axis=-1)[:, size - k :] if k < size else rows.copy()
+    top.sort(axis=-1)
+    return top[:, ::-1]
+
+
+def _prefix_length(top: Rows, total: Rows | None, top_p: float, min_p: float) -> Ids:
+    """How many of the descending entries ``[m, k]`` stay; ``total`` is the mass of the whole row (None: that of ``top``)."""
+    mass = np.exp(top - top[:, :1])
+    kept = np.full(len(top), top.shape[1])
+    if top_p < 1:
+        before = mass[:, :-1].cumsum(axis=-1, dtype=np.float64)
+        whole = mass.sum(axis=-1) if total is None else total
+        kept = 1 + np.count_nonzero(before < top_p * whole[:, None].astype(np.float64), axis=-1)
+    if min_p:
+        kept = np.minimum(kept, np.count_nonzero(mass >= min_p, axis=-1))
+    return kept
+
+
+def _at_least(rows: Rows, cut: Rows, count: Ids) -> Kept:
+    """The ``count[i]`` largest entries of row i, the least of which is ``cut[i]``."""
+    flat = np.flatnonzero(rows >= cut[:, None])
+    row, ids = np.divmod(flat, rows.shape[1])
+    values = rows.ravel()[flat]
+    surplus = np.bincount(row, minlength=len(rows)) - count
+    if surplus.any():  # more entries tie with the cut than there is room for: the highest ids go
+        tied = values == cut[row]
+        drop = [np.flatnonzero((row == i) & tied)[-surplus[i] :] for i in np.flatnonzero(surplus)]
+        row, ids, values = (np.delete(array, np.concatenate(drop)) for array in (row, ids, values))
+    return Kept(row, ids, values)
+
+
+def check_finite(best: Rows) -> None:
+    """Refuse rows whose largest entry is NaN or infinite with a ``ModelError``."""
+    if not np.isfinite(best).all():
+        raise ModelError(
+            "a row of scores has no finite maximum: the model made NaN or infinity, or every token is excluded",
+            hint="check the model's weights, and logit_bias for infinite values",
+        )
