@@ -1,0 +1,189 @@
+"""Options of every training recipe: plain dataclasses, no torch at import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama decoder. All widths are multiples of 128, so that W4 groups of 128 fit."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    head_dim: int = 64
+    max_positions: int = 4096
+    rope_theta: float = 10000.0
+    rms_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class FamilyShape:
+    """A target and the intermediate that verifies its drafts first, about an eighth of its size."""
+
+    target: Shape
+    intermediate: Shape
+
+
+PRESETS: dict[str, FamilyShape] = {
+    # 6.6M + 0.85M parameters at 4096 tokens of vocabulary: two hours on two CPU cores.
+    "cpu": FamilyShape(Shape(256, 7, 4, 2, 768), Shape(128, 2, 2, 2, 256)),
+    # 14.7M + 1.9M: minutes on one GPU.
+    "gpu": FamilyShape(Shape(512, 4, 8, 4, 1536), Shape(128, 4, 2, 2, 512)),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One body of text: `path` is a .jsonl or text file or a folder of .py files; `weight` its share of the rows."""
+
+    path: str
+    weight: float
+    held_out: int = 0
+    """Documents at the end of the file that no stage trains on; 0 means 5% of them."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Schedule and optimizer: Muon for hidden matrices, AdamW for embeddings, norms and biases."""
+
+    steps: int = 0
+    """Steps to run; 0 means: as many as `minutes` allow."""
+    minutes: float = 0.0
+    """Wall-clock budget of the recipe, over all its resumed runs; the learning rate reaches zero at its end."""
+    lr: float = 3e-3
+    muon_lr: float = 0.02
+    warmup: float = 0.03
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    batch: int = 8
+    seq_len: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What every recipe has in common."""
+
+    device: str = "cpu"
+    threads: int = 2
+    processes: int = 1
+    """CPU processes of one thread each that share every batch; better than threads on a busy machine."""
+    compile: bool = False
+    log_every: int = 20
+    eval_every: int = 200
+    save_every: int = 100
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Train the tokenizer and turn the sources into token ids."""
+
+    sources: tuple[Source, ...]
+    out: Path
+    vocab_size: int = 4096
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Pretrain a decoder from scratch on a built corpus."""
+
+    corpus: Path
+    out: Path
+    shape: Shape
+    optim: Optim = field(default_factory=lambda: Optim(minutes=50.0))
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Let a (quantized) model write text from training prompts."""
+
+    model: Path
+    corpus: Path
+    out: Path
+    """Folder to write."""
+    tokens: int = 1_500_000
+    texts: int = 0
+    """Take this many prompts and finish them all; 0: go on until `tokens` or `minutes` are reached."""
+    minutes: float = 0.0
+    """Stop after this time even if `tokens` are not reached; 0: no limit."""
+    slots: int = 96
+    max_len: int = 384
+    temperatures: tuple[float, ...] = (0.0, 0.8, 1.0)
+    weights: tuple[float, ...] = ()
+    """Share of prompts per source of the corpus; empty: the corpus weights."""
+    held_out: bool = False
+    """Prompts from held-out documents, for measuring."""
+    seed: int = 0
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Teach an intermediate to say what the quantized target says."""
+
+    student: Path
+    teacher: Path
+    rollouts: Path
+    out: Path
+    held_out: Path | None = None
+    """Rollouts of held-out prompts, to measure agreement on."""
+    prompt_weight: float = 0.25
+    """Weight of rows inside the prompt beside rows of generated text."""
+    ce_weight: float = 0.1
+    bits: int = 4
+    """Width that the student will be rounded to; its rounding is part of the last half of the training. 0: never."""
+    group_size: int = 128
+    quantize_from: float = 0.5
+    """Progress from which the rounded weights are trained (straight-through)."""
+    optim: Optim = field(default_factory=lambda: Optim(minutes=20.0, batch=24, muon_lr=0.01))
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class EagleConfig:
+    """Train an EAGLE-1/2 head on the (quantized) model `base`."""
+
+    base: Path
+    rollouts: Path
+    out: Path
+    held_out: Path | None = None
+    """Rollouts of held-out prompts, to fit tau on and to measure acceptance."""
+    unroll: int = 3
+    """Draft steps that training simulates: step j reads the features that step j - 1 predicted."""
+    unroll_from: float = 0.3
+    """Progress from which more than one step is trained."""
+    step_decay: float = 0.8
+    ce_weight: float = 1.0
+    feature_weight: float = 1.0
+    noise: float = 0.1
+    """Half-width of the uniform noise on input features, in units of their root mean square."""
+    optim: Optim = field(default_factory=lambda: Optim(minutes=15.0, batch=16, muon_lr=0.01))
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class FamilyConfig:
+    """Make a whole family: tokenizer, target, intermediate, their W4 copies and an EAGLE head on each W4 copy."""
+
+    sources: tuple[Source, ...]
+    work: Path
+    """Folder for states, logs and rollouts; a second call skips what is finished there."""
+    out: Path
+    """Folder for the finished family."""
+    preset: str = "cpu"
+    vocab_size: int = 4096
+    target_minutes: float = 60.0
+    intermediate_minutes: float = 10.0
+    rollout_tokens: int = 1_500_000
+    rollout_minutes: float = 15.0
+    distill_minutes: float = 20.0
+    eagle_minutes: float = 15.0
+    """For the head on the target; the head on the intermediate gets half of it."""
+    seed: int = 0
+    run: RunOptions = field(default_factory=lambda: RunOptions(processes=2))

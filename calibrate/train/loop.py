@@ -1,0 +1,103 @@
+"""The loop every recipe shares: schedule, clipping, log, evaluation, resumable state, progress bar on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantspec.calibrate.train import workers
+from quantspec.calibrate.train.config import Optim, RunOptions
+from quantspec.calibrate.train.optim import Schedule, make_optimizers
+from quantspec.calibrate.train.state import load_state, save_state
+
+Metrics = dict[str, float]
+
+
+def fit(
+    net: nn.Module,
+    loss_of: Callable[[int, float], tuple[torch.Tensor, Metrics]],
+    optim: Optim,
+    run: RunOptions,
+    out: Path,
+    *,
+    counters: Callable[[], Any],
+    restore: Callable[[Any], None],
+    evaluate: Callable[[], Metrics] | None = None,
+    tokens_per_step: int = 0,
+    stop_after: int | None = None,
+) -> int:
+    """Minimize `loss_of(step, progress)` over the trainable parameters of `net`; returns the steps done.
+
+    State lives in `out/state.safetensors` and the curve in `out/log.jsonl`; called again, it goes on from the state.
+    `counters` / `restore` carry the position in the data. `stop_after` ends this call early (an interruption).
+    """
+    torch.set_num_threads(1 if workers.world() > 1 else run.threads)
+    out.mkdir(parents=True, exist_ok=True)
+    optimizers = make_optimizers(net, optim)
+    step, spent, state_file = 0, 0.0, out / "state.safetensors"
+    if state_file.exists():
+        saved = load_state(state_file, net, optimizers)
+        step, spent = saved["step"], saved["spent"]
+        restore(saved["data"])
+    schedule, bar = Schedule(optim, spent), _Bar(out.name)
+
+    def save() -> None:
+        if workers.rank():
+            return
+        save_state(state_file, net, optimizers, {"step": step, "spent": schedule.spent, "data": counters()})
+
+    done_here = 0
+    while (progress := workers.agreed(schedule.progress(step))) < 1 and done_here != stop_after:
+        began = time.monotonic()
+        factor = schedule.factor(progress)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        loss, metrics = loss_of(step, progress)
+        loss.backward()
+        workers.average_gradients(net)
+        norm = nn.utils.clip_grad_norm_([p for p in net.parameters() if p.grad is not None], optim.clip)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"step {step}: the gradient is not finite")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step, done_here = step + 1, done_here + 1
+        if step % run.log_every == 0 and workers.rank() == 0:
+            row = {"step": step, "minutes": schedule.spent / 60, "loss": float(loss.detach()), "lr_factor": factor, **metrics}
+            row["tokens_per_second"] = tokens_per_step / (time.monotonic() - began)
+            _append(out / "log.jsonl", row)
+            bar.show(progress, row)
+        if evaluate and step % run.eval_every == 0 and workers.rank() == 0:
+            _append(out / "log.jsonl", {"step": step, "minutes": schedule.spent / 60, **evaluate()})
+        if step % run.save_every == 0:
+            save()
+    save()
+    if evaluate and done_here and workers.rank() == 0:
+        _append(out / "log.jsonl", {"step": step, "minutes": schedule.spent / 60, **evaluate()})
+    return step
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(rounded) + "\n")
+
+
+class _Bar:
+    """One line, redrawn, on a terminal; nothing elsewhere."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.on = name, sys.stderr.isatty()
+
+    def show(self, progress: float, row: dict[str, Any]) -> None:
+        if self.on:
+            filled = int(30 * progress)
+            print(f"\r{self.name} [{'#' * filled:<30}] {progress:4.0%} loss {row['loss']:.3f}", end="", file=sys.stderr, flush=True)

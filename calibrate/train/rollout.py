@@ -1,0 +1,273 @@
+"""Text that a model writes itself, with its features, to distil drafters from.
+
+A fixed number of slots decode side by side. Each slot feeds its prompt token by token, then samples; when its text ends
+it starts over with the next prompt. So there is no padding, no separate prefill, and every forward has the same shape.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch.nn import functional as F
+
+from quantspec.calibrate.train import workers
+from quantspec.calibrate.train.checkpoint import load_net
+from quantspec.calibrate.train.config import RolloutConfig
+from quantspec.calibrate.train.corpus import TokenDocs, load_corpus
+from quantspec.calibrate.train.net import LlamaNet
+from quantspec.calibrate.train.state import atomic_tensors
+from quantspec.errors import ModelError
+from quantspec.models.atomic import make_folder, sha256
+
+EOS_ID = 1
+_COLUMNS = ("ids", "features", "starts", "prompt_lens", "temperatures")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    ids: np.ndarray
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """`ids [n]` with the prompt first; `features [n, hidden]` fp16, the last row zero (that token was never fed)."""
+
+    ids: torch.Tensor
+    features: torch.Tensor
+    prompt_len: int
+    temperature: float
+
+
+def run(config: RolloutConfig) -> dict[str, Any]:
+    """Generate until the budget is spent and write the folder `config.out`; returns the numbers of texts and tokens."""
+    if workers.wanted(config):
+        return workers.launch(run, config)
+    torch.set_num_threads(1 if workers.world() > 1 else config.run.threads)
+    part = config.out / f"part-{workers.rank()}.safetensors"
+    if not part.exists():
+        make_folder(config.out)
+        write_rollouts(part, _write_texts(config), fingerprint(config.model))
+    workers.agreed(0.0)  # wait for the slower parts
+    texts = read_rollouts(config.out)
+    return {"texts": len(texts), "tokens": len(texts.ids)}
+
+
+def _write_texts(config: RolloutConfig) -> list[Rollout]:
+    """This process's share of the texts."""
+    net = load_net(config.model, config.run.device)
+    sources, weights = load_corpus(config.corpus, "held" if config.held_out else "train")
+    prompts = training_prompts(sources, weights, _marker(config.corpus), config)
+    prompts = islice(prompts, workers.rank(), config.texts or None, workers.world())
+    deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
+    done: list[Rollout] = []
+    total = 0
+    for text in generate(net, prompts, config):
+        done.append(text)
+        total += len(text.ids)
+        if not config.texts and (total * workers.world() >= config.tokens or time.monotonic() > deadline):
+            break
+    return done
+
+
+def _marker(corpus: Path) -> list[int]:
+    """Ids of the line that ends a question, after which the model is to write."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(corpus / "tokenizer.json")).encode("\nAnswer:", add_special_tokens=False).ids
+
+
+def training_prompts(
+    sources: list[TokenDocs], weights: list[float], marker: list[int], config: RolloutConfig
+) -> Iterator[Prompt]:
+    """Endless prompts, sources by weight, temperatures in turn: a question up to its answer, else a document's beginning."""
+    rng = np.random.default_rng([config.seed, 7])
+    orders = [rng.permutation(len(s)) for s in sources]
+    taken = [0] * len(sources)
+    shares = np.array(config.weights or weights) / sum(config.weights or weights)
+    while True:
+        s = int((shares * (sum(taken) + 1) - np.array(taken)).argmax())
+        epoch, index = divmod(taken[s], len(sources[s]))
+        taken[s] += 1
+        doc = sources[s].document(int(orders[s][index]))
+        temperature = config.temperatures[(taken[s] + epoch) % len(config.temperatures)]
+        cut = _find(doc, marker)
+        if cut is None:
+            cut = min(len(doc) - 1, int(rng.integers(8, 64)))
+        if cut < config.max_len - 8:
+            yield Prompt(doc[:cut], temperature)
+
+
+def _find(doc: np.ndarray, marker: list[int]) -> int | None:
+    """Index just past the first occurrence of `marker` in `doc`."""
+    width = len(marker)
+    if len(doc) < width:
+        return None
+    hits = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(doc, width) == marker).all(1))
+    return int(hits[0]) + width if len(hits) else None
+
+
+@torch.no_grad()
+def generate(net: LlamaNet, prompts: Iterator[Prompt], config: RolloutConfig) -> Iterator[Rollout]:
+    """Decode `config.slots` prompts at a time; yields each text when it ends (end token or `max_len`).
+
+    A finite `prompts` is used up and every text of it is yielded.
+    """
+    device = net.model.norm.weight.device
+    slots, generator = config.slots, torch.Generator().manual_seed(config.seed * 1009 + workers.rank())
+    cache = net.new_cache(slots, config.max_len)
+    texts = torch.zeros(slots, config.max_len, dtype=torch.long)
+    features = torch.zeros(slots, config.max_len, net.shape.hidden, dtype=torch.float16)
+    lens, at = [0] * slots, torch.zeros(slots, dtype=torch.long)
+    heat = torch.zeros(slots)
+    live: list[Prompt | None] = [None] * slots
+
+    def start(slot: int) -> None:
+        prompt = next(prompts, None)
+        live[slot], at[slot], texts[slot, 0] = prompt, 0, 0
+        if prompt is not None:
+            lens[slot], heat[slot] = len(prompt.ids), prompt.temperature
+            texts[slot, : lens[slot]] = torch.from_numpy(prompt.ids.astype(np.int64))
+
+    for slot in range(slots):
+        start(slot)
+    rows = torch.arange(slots)
+    while any(p is not None for p in live):
+        hidden = net.decode(texts[rows, at].to(device), at.to(device), cache)
+        features[rows, at] = hidden.half().cpu()
+        sampled = sample(net.head(hidden).cpu(), heat, generator)
+        for slot, prompt in enumerate(live):
+            if prompt is None:
+                continue
+            position = int(at[slot]) + 1
+            if position < lens[slot]:
+                at[slot] = position
+                continue
+            texts[slot, position] = token = sampled[slot]
+            if int(token) == EOS_ID or position == config.max_len - 1:
+                features[slot, position] = 0
+                size = position + 1
+                yield Rollout(texts[slot, :size].int(), features[slot, :size].clone(), lens[slot], prompt.temperature)
+                start(slot)
+            else:
+                at[slot] = position
+
+
+def sample(logits: torch.Tensor, temperatures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One token per row of logits [B, V]: argmax where the temperature is 0, else a draw from softmax(logits / T)."""
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    hot = temperatures > 0
+    scaled = logits / torch.where(hot, temperatures, 1.0)[:, None]
+    return torch.where(hot[:, None], scaled - noise.log(), logits).argmax(-1)
+
+
+def write_rollouts(path: Path, texts: list[Rollout], model: str) -> None:
+    starts = np.cumsum([0, *(len(t.ids) for t in texts)])
+    tensors = {
+        "ids": torch.cat([t.ids for t in texts]),
+        "features": torch.cat([t.features for t in texts]),
+        "starts": torch.from_numpy(starts),
+        "prompt_lens": torch.tensor([t.prompt_len for t in texts]),
+        "temperatures": torch.tensor([t.temperature for t in texts]),
+    }
+    atomic_tensors(path, tensors, {"model": model})
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Texts joined end to end: `ids [n]`, `features [n, hidden]`; text i lies at `starts[i]:starts[i + 1]`."""
+
+    ids: torch.Tensor
+    features: torch.Tensor
+    starts: torch.Tensor
+    prompt_lens: torch.Tensor
+    temperatures: torch.Tensor
+    model: str = ""
+    """Fingerprint of the model that wrote the texts and whose features these are."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def batch(self, indices: list[int]) -> Batch:
+        """Texts padded on the right to the longest: causal rows never see the padding."""
+        spans = [(int(self.starts[i]), int(self.starts[i + 1])) for i in indices]
+        width = max(end - start for start, end in spans)
+        ids = torch.zeros(len(spans), width, dtype=torch.long)
+        features = torch.zeros(len(spans), width, self.features.shape[1])
+        for row, (start, end) in enumerate(spans):
+            ids[row, : end - start] = self.ids[start:end]
+            features[row, : end - start] = self.features[start:end]
+        lens = torch.tensor([end - start for start, end in spans])
+        return Batch(ids, features, lens, self.prompt_lens[indices])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`ids [B, T]`, `features [B, T, hidden]` of the model that wrote them, `lens [B]`, `prompt_lens [B]`."""
+
+    ids: torch.Tensor
+    features: torch.Tensor
+    lens: torch.Tensor
+    prompt_lens: torch.Tensor
+
+    def weights(self, prompt_weight: float) -> torch.Tensor:
+        """[B, T]: 1 where the row predicts a generated token, `prompt_weight` inside the prompt, 0 past the last prediction."""
+        t = torch.arange(self.ids.shape[1])
+        answer = t >= self.prompt_lens[:, None] - 1
+        return torch.where(answer, 1.0, prompt_weight) * (t < self.lens[:, None] - 1)
+
+    def to(self, device: str) -> Batch:
+        return Batch(self.ids.to(device), self.features.to(device), self.lens.to(device), self.prompt_lens.to(device))
+
+
+def read_rollouts(folder: Path) -> Rollouts:
+    """All parts of a folder as one. Raises `ModelError` where there is none."""
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in _COLUMNS}
+    model = ""
+    for path in sorted(folder.glob("part-*.safetensors")):
+        with safe_open(str(path), "pt") as handle:
+            model = handle.metadata()["model"]
+            for name in _COLUMNS:
+                parts[name].append(handle.get_tensor(name))
+    if not model:
+        raise ModelError(f"no rollouts in {folder}", hint="make them with `quantspec train rollout`")
+    lens = torch.cat([starts[1:] - starts[:-1] for starts in parts.pop("starts")])
+    columns = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    return Rollouts(**columns, starts=F.pad(lens.cumsum(0), (1, 0)), model=model)
+
+
+def fingerprint(folder: Path) -> str:
+    """Sum of a model's weights file: what a drafter was trained for."""
+    return sha256(folder / "model.safetensors")
+
+
+class RolloutBatches:
+    """Batches of texts of similar length, reshuffled every epoch; `step` alone decides the batch."""
+
+    def __init__(self, texts: Rollouts, rows: int, seed: int) -> None:
+        self.texts, self.rows, self.seed = texts, rows, seed
+        self.lens = (texts.starts[1:] - texts.starts[:-1]).numpy()
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def __getitem__(self, step: int) -> Batch:
+        per_epoch = max(1, len(self.lens) // self.rows)
+        epoch, index = divmod(step, per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._shuffled(epoch))
+        return self.texts.batch(self._epoch[1][index])
+
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        rng = np.random.default_rng([self.seed, epoch])
+        # Sorting by a jittered length keeps padding small and the batches different from epoch to epoch.
+        order = np.argsort(self.lens * rng.uniform(0.9, 1.1, len(self.lens)))
+        batches = [order[i : i + self.rows].tolist() for i in range(0, len(order), self.rows)]
+        full = [b for b in batches if len(b) == self.rows] or batches
+        return [full[int(i)] for i in rng.permutation(len(full))]
