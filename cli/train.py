@@ -13,6 +13,7 @@ from quantspec.calibrate.train.config import (
     CorpusConfig,
     DistillConfig,
     EagleConfig,
+    FamilyConfig,
     LMConfig,
     RolloutConfig,
     Source,
@@ -30,11 +31,12 @@ FLAGS = {
     "seed": Flag(help="Initial weights and order of the data."),
     "device": Flag(help="cpu, cuda, ..."),
     "threads": Flag(help="CPU threads."),
+    "processes": Flag(help="CPU processes of one thread each that share every batch (better on a busy machine)."),
     "compile": Flag(help="Compile the training step (needs a C++ compiler)."),
     "log_every": Flag(help="Steps between lines of log.jsonl."),
     "eval_every": Flag(help="Steps between held-out evaluations."),
     "save_every": Flag(help="Steps between saved states, from which the next call goes on."),
-    "out": Flag(("-o",), "Folder (of rollouts: file) to write."),
+    "out": Flag(("-o",), "Folder to write."),
 }
 OWN = {
     CorpusConfig: {"vocab_size": Flag(help="Entries of the tokenizer.")},
@@ -60,6 +62,14 @@ OWN = {
         "step_decay": Flag(help="Weight of each further draft step in the loss."),
         "ce_weight": Flag(help="Weight of the cross-entropy with the base's distribution."),
         "feature_weight": Flag(help="Weight of the distance to the base's features."),
+    },
+    FamilyConfig: {
+        "vocab_size": Flag(help="Entries of the tokenizer."),
+        "target_minutes": Flag(help="Time to pretrain the target."),
+        "intermediate_minutes": Flag(help="Time to pretrain the intermediate."),
+        "rollout_tokens": Flag(help="Tokens that the quantized target writes to distil from."),
+        "rollout_minutes": Flag(help="Longest time for that."),
+        "distill_minutes": Flag(help="Time to distil the intermediate."),
     },
 }
 
@@ -137,7 +147,7 @@ def rollout(**options: Any) -> None:
     from quantspec.calibrate.train.rollout import run
 
     config = assemble(RolloutConfig, options)
-    _report({"out": str(config.out), "tokens": run(config)})
+    _report({"out": str(config.out), **run(config)})
 
 
 @train.command(short_help="An intermediate, from its target's text.")
@@ -156,6 +166,26 @@ def eagle(**options: Any) -> None:
     from quantspec.calibrate.train.eagle import run
 
     _report(run(assemble(EagleConfig, options)))
+
+
+@train.command(short_help="A whole family, end to end.")
+@click.option(
+    "--data",
+    "sources",
+    type=SourceType(),
+    multiple=True,
+    required=True,
+    help="JSONL, text, or .py folder (repeatable); the first is the one that is measured on.",
+)
+@click.option(
+    "--preset", type=click.Choice(tuple(PRESETS)), default="cpu", show_default=True, help="Sizes of the family."
+)
+@_options(FamilyConfig, "sources", "preset")
+def family(sources: tuple[Source, ...], preset: str, **options: Any) -> None:
+    """Tokenizer, target, intermediate, their W4 copies and an EAGLE head for each, with a model card."""
+    from quantspec.calibrate.train.family import run
+
+    _report(run(assemble(FamilyConfig, options, sources=sources, preset=preset)))
 
 
 def _report(record: dict[str, Any]) -> None:
