@@ -1,0 +1,223 @@
+"""The cascade: a drafter whose proposals an intermediate model verifies before the target sees them.
+
+This is the hierarchical method of SpecMQuant (arXiv 2505.22179) at any depth: ``propose`` runs ordinary rounds of
+``core.step`` against the intermediate, with any drafter below it, until enough tokens stand, and hands them over as one chain.
+What it commits there is provisional. When the target disagrees, the next ``propose`` takes the intermediate's session back
+to the common prefix; when the target goes the same way, tokens past its text are surplus and need no new round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantspec.core.drafter import Drafter, TargetParts, View
+from quantspec.core.session import Session
+from quantspec.core.step import step, warn
+from quantspec.core.verify import Verifier
+from quantspec.drafters.config import CascadeOptions
+from quantspec.errors import ModelError
+from quantspec.types import EMPTY_DRAFT, Budget, Draft, Needs, Verdict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantspec.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafted:
+    """One provisional token: the level that proposed it, the intermediate's estimate that its own verifier draws it too,
+    and, under the ratio rule, the distribution ``[V]`` it was drawn from."""
+
+    stage: str
+    probability: float
+    q: Tensor | None
+
+
+@dataclass(slots=True)
+class CascadeState:
+    """``drafted`` describes the last tokens of ``session``, those that the outer level has not committed."""
+
+    session: Session | None = None
+    inner: Any = None
+    drafted: list[_Drafted] = field(default_factory=list)
+    final: int = 0
+    stopped: bool = False
+
+
+class Cascade:
+    """Drafts chains of at least ``min_draft`` tokens that ``verifier``'s model, helped by the ``inner`` drafter, stands for.
+
+    ``inner_budget`` says what one inner draft may cost. ``stop`` sees the intermediate's lead over its runner-up, in
+    log-score, at the least certain token of each inner round, and ends the draft where it returns True. A node's score is
+    the product of the intermediate's own coupled probabilities ``softmax(log q - log E)`` along the chain.
+    """
+
+    needs = Needs()
+    name = "cascade"
+
+    def __init__(
+        self,
+        inner: Drafter,
+        verifier: Verifier,
+        options: CascadeOptions | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        inner_budget: Callable[[Session], Budget] = lambda session: Budget(15, 6),
+        stop: Callable[[float], bool] | None = None,
+        notice: Callable[[str], None] = warn,
+    ) -> None:
+        self.inner, self.verifier, self.options = inner, verifier, options or CascadeOptions()
+        self.tokenizer, self.inner_budget, self.stop, self.notice = tokenizer, inner_budget, stop, notice
+
+    def prepare(self, parts: TargetParts) -> None:
+        own, target = self.verifier.model.vocab_size, parts.model.vocab_size
+        if self.tokenizer and parts.tokenizer and self.tokenizer.fingerprint() != parts.tokenizer.fingerprint():
+            raise ModelError(
+                f"the {self.verifier.stage} model and its target have different tokenizers",
+                hint="a draft model must share its target's tokenizer",
+            )
+        if own != target:
+            raise ModelError(f"the {self.verifier.stage} model has {own} tokens and its target {target}: they do not fit")
+        self.inner.prepare(TargetParts(self.verifier.model, self.tokenizer))
+
+    def open(self, view: View) -> CascadeState:
+        # The intermediate reads the prompt at the first draft, so that the target can stream its first token before that.
+        return CascadeState()
+
+    def propose(self, states: Sequence[CascadeState], views: Sequence[View], budgets: Sequence[Budget]) -> list[Draft]:
+        goals = [
+            min(self.options.min_draft, budget.max_nodes, budget.max_depth, view.remaining - 1)
+            for view, budget in zip(views, budgets, strict=True)
+        ]
+        for state, view, goal in zip(states, views, goals, strict=True):
+            if goal > 0:
+                self._sync(state, view)
+        while True:
+            hungry = [state for state, goal in zip(states, goals, strict=True) if self._hungry(state, goal)]
+            if not hungry:
+                break
+            self._round(hungry, views[0].stream is None)
+        return [
+            _chain(state, view, budget) if goal > 0 else EMPTY_DRAFT
+            for state, view, budget, goal in zip(states, views, budgets, goals, strict=True)
+        ]
+
+    def _sync(self, state: CascadeState, view: View) -> None:
+        """Bring the intermediate's session to the outer text; what it has past that text stays as surplus."""
+        if state.session is None:
+            state.session = self.verifier.open(
+                view.tokens[: view.prompt_length],
+                view.chain,
+                view.stream or view.draft_stream,
+                view.stop_ids,
+                len(view.tokens) - view.prompt_length + view.remaining,
+            )
+            state.inner = self.inner.open(state.session.view())
+        session, outer = state.session, view.tokens
+        common = _common_prefix(session.tokens, outer, session.final)
+        if common < len(outer):
+            if common < len(session.tokens):
+                self.inner.truncate(state.inner, common)
+            session.truncate(common, then=outer[common:])
+            state.drafted.clear()
+        else:
+            del state.drafted[: len(state.drafted) - (len(session.tokens) - common)]
+        state.stopped = False
+        if state.final > session.final:
+            session.finalize(state.final)
+            self.inner.finalize(state.inner, state.final)
+
+    def _hungry(self, state: CascadeState, goal: int) -> bool:
+        return len(state.drafted) < goal and not state.stopped and state.session.finish is None
+
+    def _round(self, states: Sequence[CascadeState], ratio: bool) -> None:
+        """One inner step for all these sequences."""
+        sessions = [state.session for state in states]
+        starts = [len(session.tokens) for session in sessions]
+        verdicts = step(
+            sessions,
+            [state.inner for state in states],
+            self.inner,
+            self.verifier,
+            [self.inner_budget(session) for session in sessions],
+            notice=self.notice,
+            top_k=self.verifier.model.vocab_size if ratio else 2 if self.stop else 1,
+        )
+        for state, verdict, start in zip(states, verdicts, starts, strict=True):
+            ids, scores = _emitted_rows(verdict)
+            probabilities = scores[:, 0].exp().tolist()
+            q_rows = _proposal(state.session, ids, scores, start) if ratio else [None] * len(probabilities)
+            state.drafted += map(_Drafted, verdict.stages, probabilities, q_rows)
+            if self.stop:
+                state.stopped = self.stop(float((scores[:, 0] - scores[:, 1]).min()))
+
+    def observe(self, state: CascadeState, verdict: Verdict) -> None:
+        """Nothing: the next view tells what was committed."""
+
+    def truncate(self, state: CascadeState, length: int) -> None:
+        """Nothing: the next view tells what was taken back."""
+
+    def finalize(self, state: CascadeState, length: int) -> None:
+        # Kept until the intermediate's session has been brought to the confirmed text.
+        state.final = length
+
+    def close(self, state: CascadeState) -> None:
+        if state.session is not None:
+            self.inner.close(state.inner)
+            state.session = None
+
+    def describe(self) -> str:
+        return f"cascade: {self.inner.describe()}, verified by the {self.verifier.stage} model, {self.options.min_draft} tokens"
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int], start: int) -> int:
+    """Length of the common prefix of two texts that are known to agree on their first ``start`` tokens."""
+    end = min(len(a), len(b))
+    while start < end and a[start] == b[start]:
+        start += 1
+    return start
+
+
+def _emitted_rows(verdict: Verdict) -> tuple[Tensor, Tensor]:
+    """``top`` of the rows that the emitted tokens were drawn from: ids and log-scores ``[len(emitted), k]``."""
+    rows = torch.tensor([0, *(node + 1 for node in verdict.path)])
+    ids, scores = verdict.top
+    return ids[rows], scores[rows]
+
+
+def _proposal(session: Session, ids: Tensor, scores: Tensor, start: int) -> list[Tensor | None]:
+    """The distributions ``[V]`` that tokens from position ``start`` on were drawn from.
+
+    ``scores`` are the whole rows of ``log q - log E`` up to a constant, so adding ``log E`` gives q back.
+    """
+    if session.chain.greedy:
+        return [None] * len(scores)
+    rows = torch.empty_like(scores).scatter_(1, ids, scores)
+    noise = [torch.tensor(session.stream.noise(start + i, rows.shape[1])) for i in range(len(rows))]
+    return list((rows + torch.stack(noise).to(rows.device)).softmax(-1))
+
+
+def _chain(state: CascadeState, view: View, budget: Budget) -> Draft:
+    """The surplus as a draft, as long as it pays."""
+    room = min(len(state.drafted), budget.max_nodes, budget.max_depth, view.remaining - 1)
+    scores: list[float] = []
+    score = 1.0
+    for k, token in enumerate(state.drafted[:room], 1):
+        score *= token.probability
+        # Under the ratio rule a token must not be dropped for what it is: that would bend the distribution.
+        if view.stream is not None and score <= budget.price(k):
+            break
+        scores.append(score)
+    kept, start = state.drafted[: len(scores)], len(view.tokens)
+    q_rows = [token.q for token in kept if token.q is not None]
+    return Draft.chain(
+        state.session.tokens[start : start + len(kept)],
+        scores,
+        [token.stage for token in kept],
+        torch.stack(q_rows) if q_rows else None,
+    )

@@ -1,0 +1,22 @@
+"""An independent draft model is a cascade with nothing below it: each inner round is one plain step of the small model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantspec.core.drafter import NoDrafter
+from quantspec.core.verify import Verifier
+from quantspec.drafters.cascade import Cascade
+from quantspec.drafters.config import CascadeOptions
+
+if TYPE_CHECKING:
+    from quantspec.models.base import CausalModel
+    from quantspec.models.tokenizer import Tokenizer
+
+
+def draft_model(model: CausalModel, tokenizer: Tokenizer | None = None, num_speculative_tokens: int = 5) -> Cascade:
+    """A drafter that proposes ``num_speculative_tokens`` tokens of ``model`` at a time."""
+    options = CascadeOptions(min_draft=num_speculative_tokens)
+    drafter = Cascade(NoDrafter(), Verifier(model, stage="draft"), options, tokenizer=tokenizer)
+    drafter.name = "draft"
+    return drafter

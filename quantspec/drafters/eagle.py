@@ -1,0 +1,181 @@
+"""EAGLE-1 and -2 (arXiv 2401.15077, 2406.16858): a one-layer head on the target's features grows a dynamic tree.
+
+Slots, features and positions. Slot i holds the pair (f_i, t_{i+1}) at rotary position i, as in training, and predicts
+t_{i+2}. With T committed tokens the verifier has handed out f_0 .. f_{T-2}, so slots 0 .. T-2 can be filled, and slot T-2
+predicts the first drafted token. A drafted node at depth d (from 1) takes slot and position T-2+d, with its parent's
+output as its feature; siblings share the position.
+
+Keys and values stay only for slots that were filled from true features; those of a draft tree are written past them and
+overwritten by the next fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from quantspec.core.drafter import TargetParts, View
+from quantspec.drafters.config import EagleOptions
+from quantspec.drafters.eagle_head import EagleHead, HeadConfig
+from quantspec.drafters.tree import Tree, assemble, frontier, rerank
+from quantspec.errors import ModelError
+from quantspec.types import EMPTY_DRAFT, Budget, Draft, Needs, Verdict
+
+_CHUNK = 256
+"""Slots per forward while a long prompt is read, which bounds the attention scores to [heads, 256, length]."""
+
+
+class _HeadedModel(Protocol):
+    """The parts of a decoder that the head borrows."""
+
+    vocab_size: int
+    hidden_size: int
+
+    def embed(self, tokens: Tensor) -> Tensor: ...
+
+    def head(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class EagleState:
+    """``features`` are the true ones of tokens ``base`` on; slots ``0 .. filled-1`` of ``kv`` were made from true features.
+
+    Invariant after every ``observe``: ``count`` equals the verifier's cached tokens.
+    """
+
+    kv: Tensor
+    features: Tensor
+    base: int = 0
+    filled: int = 0
+
+    @property
+    def count(self) -> int:
+        """True features seen so far."""
+        return self.base + self.features.shape[0]
+
+
+class Eagle:
+    """Drafts a tree with an EAGLE head, whose features must come from the model that verifies it."""
+
+    needs = Needs(taps=("norm",))
+    name = "eagle"
+
+    def __init__(self, folder: Path | str, options: EagleOptions | None = None) -> None:
+        self.folder, self.options = Path(folder), options or EagleOptions()
+        self.config = HeadConfig.load(self.folder)
+
+    def prepare(self, parts: TargetParts) -> None:
+        if not (hasattr(parts.model, "embed") and hasattr(parts.model, "head")):
+            raise ModelError(
+                "an EAGLE head needs the embedding and the LM head of its target, which this target does not hand out",
+                hint="use a natively supported target, or another method",
+            )
+        model, shape = cast(_HeadedModel, parts.model), self.config.model
+        if (model.hidden_size, model.vocab_size) != (shape.hidden_size, shape.vocab_size):
+            raise ModelError(
+                f"{self.folder} was made for a target of width {shape.hidden_size} and {shape.vocab_size} tokens, "
+                f"not {model.hidden_size} and {model.vocab_size}",
+                hint="an EAGLE head works only with the model it was trained on",
+            )
+        probe = model.embed(torch.tensor([0]))
+        self._model = model
+        self._head = EagleHead.load(self.folder, probe.device, probe.dtype)
+
+    def open(self, view: View) -> EagleState:
+        capacity = len(view.tokens) + view.remaining + self.options.top_k * self.options.depth
+        kv = self._head.new_kv(capacity)
+        return EagleState(kv, kv.new_empty(0, self.config.model.hidden_size))
+
+    @torch.inference_mode()
+    def propose(self, states: Sequence[EagleState], views: Sequence[View], budgets: Sequence[Budget]) -> list[Draft]:
+        return [self._draft(*arguments) for arguments in zip(states, views, budgets, strict=True)]
+
+    def _draft(self, state: EagleState, view: View, budget: Budget) -> Draft:
+        depth = min(self.options.depth, budget.max_depth, view.remaining - 1)
+        # While features lag (tokens came without a forward) one empty draft lets the verifier catch up.
+        if min(depth, budget.max_nodes) < 1 or state.count != len(view.tokens) - 1:
+            return EMPTY_DRAFT
+        tau = self.config.tau_at(view.chain.params.temperature)
+        outputs, nodes, tree = self._fill(state, view.tokens), [-1], Tree()
+        column: dict[int, int] = {}  # expanded node -> which slot past the filled ones it took
+        for level in range(1, depth + 1):
+            paths = [[tree.tokens[i] for i in tree.branch(node)] for node in nodes]
+            log_probs = view.scores(self._model.head(outputs), paths, tau=tau)
+            best = log_probs.topk(min(self.options.top_k, log_probs.shape[1]))
+            start = len(tree)
+            for node, tokens, scores in zip(nodes, best.indices.tolist(), best.values.tolist(), strict=True):
+                tree.expand(node, tokens, scores)
+            kept = rerank(tree.log_scores, budget.max_nodes, budget.price)
+            grown = frontier(tree, start, kept, self.options.top_k, view.stop_ids) if level < depth else []
+            if not grown:
+                break
+            row = {node: i for i, node in enumerate(nodes)}
+            parents = outputs[[row[tree.parents[node]] for node in grown]]
+            outputs, nodes = self._expand(state, tree, grown, parents, level, column), grown
+        return assemble(tree, kept, self.name)
+
+    def _fill(self, state: EagleState, tokens: Sequence[int]) -> Tensor:
+        """Fill all slots with a true feature; the last one's output ``[1, H]`` (it is made again if it was full)."""
+        start, outputs = min(state.filled, state.count - 1), state.features
+        while start < state.count:
+            end = min(start + _CHUNK, state.count)
+            bias = state.kv.new_full((end - start, end - start), -torch.inf).triu(1)
+            outputs = self._head.forward(
+                state.features[start - state.base : end - state.base],
+                self._embed(tokens[start + 1 : end + 1]),
+                slice(start, end),
+                state.kv,
+                start,
+                bias,
+            )
+            start = end
+        state.filled = state.count
+        return outputs[-1:]
+
+    def _expand(
+        self, state: EagleState, tree: Tree, nodes: Sequence[int], parents: Tensor, level: int, column: dict[int, int]
+    ) -> Tensor:
+        """Outputs ``[m, H]`` of tree nodes at depth ``level`` (from 1), given their parents' outputs ``[m, H]``."""
+        start = state.filled + len(column)
+        column |= {node: len(column) + i for i, node in enumerate(nodes)}
+        bias = [[-torch.inf] * len(column) for _ in nodes]
+        for row, node in zip(bias, nodes, strict=True):
+            for ancestor in tree.branch(node):
+                row[column[ancestor]] = 0.0
+        position = state.filled + level - 1
+        return self._head.forward(
+            parents,
+            self._embed([tree.tokens[node] for node in nodes]),
+            slice(position, position + 1),
+            state.kv,
+            start,
+            state.kv.new_tensor(bias),
+        )
+
+    def _embed(self, tokens: Sequence[int]) -> Tensor:
+        ids, own = torch.tensor(tokens, device=self._head.qkv.device), self._head.embed_weight
+        return self._model.embed(ids) if own is None else own[ids]
+
+    def observe(self, state: EagleState, verdict: Verdict) -> None:
+        state.features = torch.cat((state.features, verdict.taps["norm"]))
+
+    def truncate(self, state: EagleState, length: int) -> None:
+        # Slot length-1 is emptied too: its token was taken back. Its feature stays, so it is filled with the next token.
+        state.filled = min(state.filled, length - 1)
+        state.features = state.features[: max(length - state.base, 0)]
+
+    def finalize(self, state: EagleState, length: int) -> None:
+        keep = min(length, state.filled) - 1
+        if keep > state.base:
+            state.features, state.base = state.features[keep - state.base :], keep
+
+    def close(self, state: EagleState) -> None:
+        state.kv = state.kv.new_empty(0)
+
+    def describe(self) -> str:
+        return f"EAGLE head {self.folder.name} (trees of depth {self.options.depth}, top {self.options.top_k} per level)"

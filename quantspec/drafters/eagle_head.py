@@ -1,0 +1,165 @@
+"""The EAGLE-1/2 network (arXiv 2401.15077): one decoder layer that continues a target's features.
+
+Slot i reads the target's feature f_i (after its final norm, the input of its LM head) and the embedding of t_{i+1}, at
+rotary position i, and puts out an estimate of f_{i+1}, to which the target's own head is applied to predict t_{i+2}.
+``fc`` takes the embedding first; the layer has no input norm and nothing norms its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantspec.errors import ModelError
+from quantspec.models.config import ModelConfig, read_config
+from quantspec.models.rope import RopeTable
+from quantspec.models.tensors import TensorStore
+
+ARCHITECTURE = "LlamaForCausalLMEagle"
+_LAYER = "layers.0."
+_OWN_KEYS = {"tau", "base"}  # "base" is for people: what the head was trained on
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """Shape of the layer, whether ``fc`` has a bias, and ``tau`` by temperature (see ``View.scores``)."""
+
+    model: ModelConfig
+    fc_bias: bool
+    tau: Mapping[float, float]
+
+    @classmethod
+    def load(cls, folder: Path) -> HeadConfig:
+        """Read ``folder/config.json``: a one-layer Llama, as the EAGLE repository writes it, plus our ``quantspec`` section."""
+        raw, source = read_config(folder), str(folder / "config.json")
+        model = ModelConfig.of({"model_type": "llama", **raw}, source)
+        own = raw.get("quantspec", {})
+        if model.num_layers != 1 or model.qk_norm or model.o_bias or model.mlp_bias or any(model.windows):
+            raise ModelError(
+                f"{source} does not describe an EAGLE-1 or EAGLE-2 head (one plain Llama layer)",
+                hint="other families, such as EAGLE-3, are not supported yet",
+            )
+        if not isinstance(own, dict) or own.keys() - _OWN_KEYS:
+            raise ModelError(f"{source}: the section quantspec may only have {', '.join(sorted(_OWN_KEYS))}")
+        return cls(model, bool(raw.get("bias", True)), _taus(own.get("tau", {}), source))
+
+    def tau_at(self, temperature: float) -> float:
+        """Linear between the fitted temperatures, constant beyond them, 1 where none was fitted."""
+        points = sorted(self.tau.items())
+        below = [point for point in points if point[0] <= temperature]
+        above = [point for point in points if point[0] >= temperature]
+        if not points:
+            return 1.0
+        if not below or not above:
+            return (below or above)[-1 if below else 0][1]
+        (t0, tau0), (t1, tau1) = below[-1], above[0]
+        return tau0 if t1 == t0 else tau0 + (tau1 - tau0) * (temperature - t0) / (t1 - t0)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor a head must have."""
+        model, layer = self.model, _LAYER
+        hidden, mlp = model.hidden_size, model.intermediate_size
+        widths = {"q": model.num_heads * model.head_dim, "k": model.num_kv_heads * model.head_dim}
+        widths["v"] = widths["k"]
+        shapes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, 2 * hidden)}
+        if self.fc_bias:
+            shapes["fc.bias"] = (hidden,)
+        for name, width in widths.items():
+            shapes[f"{layer}self_attn.{name}_proj.weight"] = (width, hidden)
+            if model.qkv_bias:
+                shapes[f"{layer}self_attn.{name}_proj.bias"] = (width,)
+        return shapes | {
+            f"{layer}self_attn.o_proj.weight": (hidden, widths["q"]),
+            f"{layer}mlp.gate_proj.weight": (mlp, hidden),
+            f"{layer}mlp.up_proj.weight": (mlp, hidden),
+            f"{layer}mlp.down_proj.weight": (hidden, mlp),
+            f"{layer}post_attention_layernorm.weight": (hidden,),
+        }
+
+
+def _taus(raw: Any, source: str) -> dict[float, float]:
+    try:
+        taus = {float(temperature): float(tau) for temperature, tau in raw.items()}
+    except (AttributeError, TypeError, ValueError):
+        taus = {0.0: 0.0}
+    if not all(temperature >= 0 and 0 < tau < float("inf") for temperature, tau in taus.items()):
+        raise ModelError(f"{source}: quantspec.tau must map temperatures to numbers above 0, not {raw!r}")
+    return taus
+
+
+class EagleHead:
+    """The network. Plain batched torch operations: the text never depends on a drafter, so its rows need no fixed bits."""
+
+    def __init__(self, config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
+        """``tensors`` by checkpoint name, exactly ``config.shapes()`` and perhaps ``embed_tokens.weight``."""
+        model, layer = config.model, _LAYER
+        self.config = config
+        self.embed_weight = tensors.get("embed_tokens.weight")
+        self.fc_weight, self.fc_bias = tensors["fc.weight"], tensors.get("fc.bias")
+        scale = {"q": model.head_dim**-0.5, "k": 1.0, "v": 1.0}  # the softmax scale, folded into the queries
+        parts = {name: f"{layer}self_attn.{name}_proj" for name in scale}
+        self.qkv = torch.cat([tensors[f"{key}.weight"] * scale[name] for name, key in parts.items()])
+        self.qkv_bias = (
+            torch.cat([tensors[f"{key}.bias"] * scale[name] for name, key in parts.items()]) if model.qkv_bias else None
+        )
+        self.o_proj = tensors[f"{layer}self_attn.o_proj.weight"]
+        self.gate_up = torch.cat([tensors[f"{layer}mlp.gate_proj.weight"], tensors[f"{layer}mlp.up_proj.weight"]])
+        self.down = tensors[f"{layer}mlp.down_proj.weight"]
+        self.norm = tensors[f"{layer}post_attention_layernorm.weight"]
+        self.rope = RopeTable(model.rope, model.head_dim, self.qkv.device, self.qkv.dtype)
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> EagleHead:
+        """From a safetensors folder. Raises ``ModelError`` for a missing, unused or misshapen tensor, and for pickles."""
+        config, store = HeadConfig.load(folder), TensorStore(folder)
+        shapes = config.shapes()
+        if "embed_tokens.weight" in store:
+            shapes["embed_tokens.weight"] = (config.model.vocab_size, config.model.hidden_size)
+        for name in store.keys():  # noqa: SIM118 - a TensorStore is not a dict
+            if name not in shapes:
+                raise ModelError(f"{folder}: tensor {name} has no place in an EAGLE head", hint="is it an EAGLE-1 or -2 head?")
+        for name, shape in shapes.items():
+            if store.shape(name) != shape:
+                raise ModelError(f"{folder}: tensor {name} is {list(store.shape(name))}, but config.json asks for {list(shape)}")
+        return cls(config, {name: store.get(name).to(device, dtype) for name in shapes})
+
+    def new_kv(self, capacity: int) -> Tensor:
+        """Zeroed keys and values, ``[2, kv_heads, capacity, head_dim]``."""
+        model = self.config.model
+        return self.qkv.new_zeros(2, model.num_kv_heads, capacity, model.head_dim)
+
+    def forward(
+        self, features: Tensor, embeddings: Tensor, positions: slice, kv: Tensor, start: int, bias: Tensor
+    ) -> Tensor:
+        """Outputs ``[m, H]`` of m slots, whose keys and values go to ``kv`` slots ``start`` on.
+
+        ``features [m, H]`` and ``embeddings [m, H]`` are the inputs; ``positions`` spans m rotary positions, or one that
+        all share. ``bias [m, w]`` is added to the scores of the last w slots (0 to see one, -inf not to); every slot
+        before those is seen by all.
+        """
+        model = self.config.model
+        m, kv_heads, end = features.shape[0], model.num_kv_heads, start + features.shape[0]
+        x = F.linear(torch.cat((embeddings, features), dim=1), self.fc_weight, self.fc_bias)
+        qkv = F.linear(x, self.qkv, self.qkv_bias).view(m, -1, model.head_dim)
+        qk = qkv[:, : model.num_heads + kv_heads]
+        self.rope.grow(positions.stop)
+        cos, sin = self.rope.cos[positions, None], self.rope.sin[positions, None]
+        qk = qk * cos + qk.roll(model.head_dim // 2, -1) * sin
+        kv[0, :, start:end] = qk[:, model.num_heads :].transpose(0, 1)
+        kv[1, :, start:end] = qkv[:, model.num_heads + kv_heads :].transpose(0, 1)
+
+        # Query heads that share a key-value head are rows of one matrix: [kv_heads, m * group, head_dim].
+        q = qk[:, : model.num_heads].reshape(m, kv_heads, -1, model.head_dim).transpose(0, 1)
+        scores = q.flatten(1, 2) @ kv[0, :, :end].transpose(1, 2)
+        by_row = scores.view(kv_heads, m, -1, end)
+        by_row[..., end - bias.shape[1] :] += bias[:, None]
+        mixed = (scores.softmax(-1) @ kv[1, :, :end]).view(kv_heads, m, -1, model.head_dim)
+        x = x + F.linear(mixed.transpose(0, 1).reshape(m, -1), self.o_proj)
+        gate, up = F.linear(F.rms_norm(x, self.norm.shape, self.norm, model.rms_norm_eps), self.gate_up).chunk(2, dim=1)
+        return x + F.linear(F.silu(gate) * up, self.down)

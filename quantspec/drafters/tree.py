@@ -1,0 +1,77 @@
+"""The dynamic draft tree of EAGLE-2 (arXiv 2406.16858) as functions on scores, without a model.
+
+A node's log-score is the sum of ``View.scores`` along its path: the estimated log-probability that all of the path is
+accepted. No child outranks its parent, so the best nodes, with ties to the earlier one, always form a tree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from quantspec.types import EMPTY_DRAFT, Draft
+
+
+@dataclass(slots=True)
+class Tree:
+    """Candidate nodes in the order they were grown, parents before children; parent -1 is the last committed token."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    log_scores: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def expand(self, parent: int, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
+        """Add children of a node, distinct tokens with their conditional log-probabilities."""
+        base = self.log_scores[parent] if parent >= 0 else 0.0
+        self.tokens += tokens
+        self.parents += [parent] * len(tokens)
+        # A log-softmax may round to just above 0; a child must never outrank its parent.
+        self.log_scores += [base + min(log_prob, 0.0) for log_prob in log_probs]
+
+    def branch(self, node: int) -> list[int]:
+        """The nodes from the root's child down to ``node``."""
+        nodes = []
+        while node >= 0:
+            nodes.append(node)
+            node = self.parents[node]
+        return nodes[::-1]
+
+
+def rerank(log_scores: Sequence[float], max_nodes: int, price: Callable[[int], float]) -> list[int]:
+    """Ids, ascending, of the best nodes: the k-th best is kept while its probability exceeds ``price(k)``.
+
+    Ties go to the earlier node, so the kept set holds every ancestor of its members.
+    """
+    kept: list[int] = []
+    for node in sorted(range(len(log_scores)), key=lambda i: (-log_scores[i], i))[:max_nodes]:
+        if math.exp(log_scores[node]) <= price(len(kept) + 1):
+            break
+        kept.append(node)
+    return sorted(kept)
+
+
+def frontier(tree: Tree, level_start: int, kept: Sequence[int], width: int, leaf_tokens: Collection[int]) -> list[int]:
+    """The nodes of the newest level (ids from ``level_start``) worth expanding: the ``width`` best of those ``kept``.
+
+    A node outside the best cannot have a descendant among them (where prices do not fall), so nothing is lost by not
+    growing it. Nothing follows ``leaf_tokens``, which end the text.
+    """
+    growing = [i for i in kept if i >= level_start and tree.tokens[i] not in leaf_tokens]
+    return sorted(sorted(growing, key=lambda i: (-tree.log_scores[i], i))[:width])
+
+
+def assemble(tree: Tree, kept: Sequence[int], stage: str) -> Draft:
+    """The kept nodes (ids ascending, closed under parents) as a draft."""
+    if not kept:
+        return EMPTY_DRAFT
+    new_id = {-1: -1} | {node: i for i, node in enumerate(kept)}
+    return Draft(
+        tuple(tree.tokens[i] for i in kept),
+        tuple(new_id[tree.parents[i]] for i in kept),
+        tuple(math.exp(tree.log_scores[i]) for i in kept),
+        (stage,) * len(kept),
+    )

@@ -1,0 +1,302 @@
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from quantspec.core.drafter import NoDrafter, TargetParts
+from quantspec.core.verify import Verifier
+from quantspec.drafters.cascade import Cascade
+from quantspec.drafters.config import CascadeOptions
+from quantspec.drafters.draft_model import draft_model
+from quantspec.drafters.lookup import PromptLookup
+from quantspec.errors import ModelError, UsageError
+from quantspec.types import EMPTY_DRAFT, Budget, Draft, Needs, SamplingParams, Verdict
+
+VOCAB = 7
+
+
+class RandomTrees:
+    """Trees of random tokens, and a watch over what a level may rely on: one tap per cached token, in order."""
+
+    needs = Needs(taps=("norm",))
+    name = "random"
+
+    def __init__(self, seed: int = 0, empty: float = 0.2) -> None:
+        self.random, self.empty = random.Random(seed), empty
+
+    def prepare(self, parts: TargetParts) -> None:
+        pass
+
+    def open(self, view) -> list[float]:
+        return []
+
+    def propose(self, states, views, budgets) -> list[Draft]:
+        return [self._tree(*arguments) for arguments in zip(states, views, budgets, strict=True)]
+
+    def _tree(self, features: list[float], view, budget: Budget) -> Draft:
+        # The table model's tap is the row's token, so features must spell out the text.
+        assert features == [float(token) for token in view.tokens[: len(features)]]
+        assert len(features) < len(view.tokens)
+        if self.random.random() < self.empty:
+            return EMPTY_DRAFT
+        size = self.random.randint(1, budget.max_nodes)
+        parents = [self.random.randint(-1, i - 1) for i in range(size)]
+        tokens = [self.random.randrange(VOCAB) for _ in range(size)]
+        return Draft(tuple(tokens), tuple(parents), (1.0,) * size, (self.name,) * size)
+
+    def observe(self, state: list[float], verdict: Verdict) -> None:
+        state += verdict.taps["norm"][:, 0].tolist()
+
+    def truncate(self, state: list[float], length: int) -> None:
+        del state[length:]
+
+    def finalize(self, state: list[float], length: int) -> None:
+        pass
+
+    def close(self, state: list[float]) -> None:
+        pass
+
+    def describe(self) -> str:
+        return "random trees"
+
+
+def cascade(model, inner=None, min_draft: int = 5, stage: str = "intermediate", **options) -> Cascade:
+    verifier = Verifier(model, stage=stage)
+    return Cascade(inner or NoDrafter(), verifier, CascadeOptions(min_draft=min_draft), **options)
+
+
+PROMPTS = [[seed % VOCAB, seed // VOCAB % VOCAB, (3 * seed) % VOCAB] for seed in range(32)]
+SAMPLING = [
+    SamplingParams(max_new_tokens=24),
+    SamplingParams(max_new_tokens=24, temperature=0.8, top_p=0.95),
+    SamplingParams(max_new_tokens=24, temperature=1.2, repetition_penalty=1.3, min_new_tokens=9),
+]
+
+
+# The target itself, a relative, and a stranger; the relative gets the most prompts.
+@pytest.mark.parametrize(("noise", "prompts"), [(0.0, 5), (1.0, 32), (30.0, 5)])
+@pytest.mark.parametrize("params", SAMPLING, ids=["greedy", "top-p", "penalty"])
+@pytest.mark.parametrize("kind", ["draft", "trees", "lookup", "nested", "nested strangers"])
+def test_text_is_that_of_plain_decoding(
+    table_model, generate, kind: str, noise: float, prompts: int, params: SamplingParams
+) -> None:
+    model = table_model.random(VOCAB, seed=3)
+    near, far = model.perturbed(noise), model.perturbed(noise + 1, seed=2)
+    drafter = {
+        "draft": lambda: draft_model(near, num_speculative_tokens=4),
+        "trees": lambda: cascade(near, RandomTrees()),
+        "lookup": lambda: cascade(near, PromptLookup()),
+        "nested": lambda: cascade(near, cascade(far, RandomTrees(), min_draft=3, stage="small")),
+        "nested strangers": lambda: cascade(near, cascade(far.perturbed(30.0), cascade(far, min_draft=2)), min_draft=9),
+    }[kind]()
+    eos = frozenset({VOCAB - 1})
+    plain = generate(model, PROMPTS[:prompts], params, eos=eos)
+    fast = generate(model, PROMPTS[:prompts], params, drafter, eos=eos)
+    assert fast.texts == plain.texts
+    assert any(len(text) < params.max_new_tokens for text in plain.texts), "no prompt reached its end token"
+    if noise == 0.0:
+        going_on = [verdict for verdicts in fast.verdicts for verdict in verdicts if verdict.finish is None]
+        assert all(len(verdict.path) == len(verdict.draft) for verdict in going_on)
+    if noise == 30.0:
+        assert fast.acceptance < 2.0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_an_intermediate_equal_to_the_target_is_always_right(table_model, generate, temperature: float) -> None:
+    model = table_model.random(VOCAB, seed=4)
+    params = SamplingParams(max_new_tokens=25, temperature=temperature)
+    run = generate(model, PROMPTS[:4], params, draft_model(model.perturbed(0.0), num_speculative_tokens=4))
+    # 25 tokens are five rounds of four drafted and one of the target's own.
+    assert [[len(verdict.emitted) for verdict in verdicts] for verdicts in run.verdicts] == [[5] * 5] * 4
+    assert run.forwards == 5
+    assert run.verdicts[0][0].stages == ("draft",) * 4 + ("target",)
+
+
+def test_a_relative_is_partly_right(table_model, generate) -> None:
+    model = table_model.random(VOCAB, seed=5)
+    drafter = cascade(model.perturbed(1.0), RandomTrees())
+    run = generate(model, PROMPTS, SamplingParams(max_new_tokens=40, temperature=0.8), drafter)
+    accepted = [len(verdict.path) for verdicts in run.verdicts for verdict in verdicts]
+    assert 2.0 < run.acceptance < 5.0
+    assert 0 in accepted and max(accepted) >= 5  # full and partial acceptance, and none at all
+
+
+def test_stages_name_the_innermost_level_whose_proposal_survived(table_model, generate) -> None:
+    model = table_model.random(VOCAB, seed=6)
+    drafter = cascade(model, cascade(model.perturbed(1.0), RandomTrees(), stage="small"))
+    run = generate(model, PROMPTS, SamplingParams(max_new_tokens=40), drafter)
+    stages = {stage for verdicts in run.verdicts for verdict in verdicts for stage in verdict.stages}
+    assert stages == {"random", "small", "intermediate", "target"}
+
+
+class Script:
+    """Proposes given drafts, one after the other, and counts how often it was asked."""
+
+    needs = Needs()
+    name = "script"
+
+    def __init__(self, drafts: list[list[int]]) -> None:
+        self.drafts, self.truncated = drafts, []
+
+    def prepare(self, parts) -> None:
+        pass
+
+    def open(self, view) -> None:
+        return None
+
+    def propose(self, states, views, budgets) -> list[Draft]:
+        tokens = self.drafts.pop(0)
+        return [Draft.chain(tokens, [1.0] * len(tokens), [self.name] * len(tokens))]
+
+    def observe(self, state, verdict) -> None:
+        pass
+
+    def truncate(self, state, length: int) -> None:
+        self.truncated.append(length)
+
+    def finalize(self, state, length: int) -> None:
+        pass
+
+    def close(self, state) -> None:
+        pass
+
+    def describe(self) -> str:
+        return "script"
+
+
+def counting(table_model):
+    """A model that counts: after token t comes t + 1, whatever stood before."""
+    table = torch.full((VOCAB, VOCAB, VOCAB), -9.0)
+    for token in range(VOCAB):
+        table[:, token, (token + 1) % VOCAB] = 9.0
+    return table_model(table)
+
+
+def view_of(tokens: list[int], remaining: int = 50, stop_ids: frozenset[int] = frozenset()):
+    """A greedy view of a text whose prompt is its first two tokens."""
+    session = Verifier(SimpleNamespace(vocab_size=VOCAB, max_positions=99, new_cache=lambda *sizes: SimpleNamespace(length=0)))
+    from quantspec.core.noise import Stream
+    from quantspec.core.sampling import WarpChain
+
+    chain = WarpChain(SamplingParams(), tokens[:2], stop_ids)
+    opened = session.open(tokens[:2], chain, Stream(1), stop_ids, len(tokens) - 2 + remaining)
+    opened.extend(tokens[2:])
+    return opened.view()
+
+
+def test_surplus_tokens_are_kept_and_cost_no_further_forward(table_model) -> None:
+    model, script = counting(table_model), Script([[2, 3, 4, 5], [], []])
+    drafter = cascade(model, script, min_draft=2)
+    state = drafter.open(view_of([0, 1]))
+
+    def propose(tokens: list[int], budget: Budget = Budget(2, 9)) -> tuple[int, ...]:
+        return drafter.propose([state], [view_of(tokens)], [budget])[0].tokens
+
+    assert propose([0, 1]) == (2, 3)  # one round gave 2 3 4 5 6; three tokens are surplus
+    assert model.forwards == 1
+    assert propose([0, 1, 2, 3, 4]) == (5, 6)  # the target went the same way: nothing new to do
+    assert model.forwards == 1 and script.truncated == []
+    assert propose([0, 1, 2, 3, 4, 5, 6, 0]) == (1, 2)  # all used up, and one more: a lag of two
+    assert model.forwards == 3
+    assert state.session.tokens == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
+
+
+def test_partial_acceptance_goes_back_to_the_common_prefix_and_keeps_its_rows(table_model) -> None:
+    model, script = counting(table_model), Script([[2, 3, 4, 5], []])
+    drafter = cascade(model, script, min_draft=2)
+    state = drafter.open(view_of([0, 1]))
+    drafter.propose([state], [view_of([0, 1])], [Budget(4, 9)])
+    drafter.finalize(state, 4)
+    assert state.session.cached == 6
+    drafter._sync(state, view_of([0, 1, 2, 6]))  # the target took 2 and then drew 6
+    assert state.session.tokens == [0, 1, 2, 6]
+    assert state.session.cached == 3 and state.session.lag == 1  # the next round's tree roots at 6
+    assert state.session.final == 4
+    assert script.truncated == [3] and state.drafted == []
+
+
+def test_a_chain_ends_with_the_end_token(table_model) -> None:
+    model, script = counting(table_model), Script([[2, 3, 4, 5]])
+    drafter = cascade(model, script, min_draft=6)
+    view = view_of([0, 1], stop_ids=frozenset({3}))
+    assert drafter.propose([drafter.open(view)], [view], [Budget(9, 9)])[0].tokens == (2, 3)
+    assert model.forwards == 1
+
+
+@pytest.mark.parametrize(("remaining", "length"), [(1, 0), (2, 1), (4, 3), (50, 6)])
+def test_a_draft_leaves_room_for_the_targets_own_token(table_model, remaining: int, length: int) -> None:
+    model = counting(table_model)
+    drafter = cascade(model, min_draft=6)
+    view = view_of([0, 1], remaining)
+    assert len(drafter.propose([drafter.open(view)], [view], [Budget(9, 9)])[0]) == length
+    assert model.forwards == length
+
+
+def test_an_empty_budget_does_not_even_read_the_prompt(table_model) -> None:
+    model = counting(table_model)
+    drafter = cascade(model)
+    view = view_of([0, 1])
+    assert drafter.propose([drafter.open(view)], [view], [Budget(0, 0)]) == [EMPTY_DRAFT]
+    assert model.forwards == 0
+
+
+def test_scores_are_the_intermediates_own_path_products_and_prices_cut_the_chain(table_model) -> None:
+    model = table_model.random(VOCAB, seed=8)
+    drafter, view = cascade(model, min_draft=4), view_of([0, 1])
+    draft = drafter.propose([drafter.open(view)], [view], [Budget(9, 9)])[0]
+    text, expected, product = [0, 1], [], 1.0
+    for token in draft.tokens:
+        product *= float(model.table[text[-2], text[-1]].softmax(-1)[token])
+        expected.append(product)
+        text.append(token)
+    assert draft.scores == pytest.approx(expected, rel=1e-5)  # fp32 rounding
+    price = (draft.scores[1] + draft.scores[2]) / 2
+    assert len(drafter.propose([drafter.open(view)], [view], [Budget(9, 9, min_score=price)])[0]) == 2
+
+
+def test_the_stop_hook_sees_the_least_lead_of_a_round(table_model) -> None:
+    model, leads = counting(table_model), []
+    drafter = cascade(model, min_draft=5, stop=lambda lead: leads.append(lead) or len(leads) == 3)
+    view = view_of([0, 1])
+    assert len(drafter.propose([drafter.open(view)], [view], [Budget(9, 9)])[0]) == 3
+    assert leads == pytest.approx([18.0] * 3, abs=1e-4)  # 9 against -9
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_the_ratio_rule_gets_the_distributions_that_tokens_were_drawn_from(table_model, generate, noise: float) -> None:
+    model = table_model.random(4, seed=9)
+    near, params = model.perturbed(noise), SamplingParams(max_new_tokens=20, temperature=1.3, top_k=3)
+    run = generate(model, [[0, 1]] * 3, params, draft_model(near), rule="ratio")
+    for verdicts in run.verdicts:
+        text = [0, 1]
+        for verdict in verdicts:
+            path = text.copy()
+            for token, q in zip(verdict.draft.tokens, verdict.draft.q_rows if len(verdict.draft) else (), strict=True):
+                row = near.table[path[-2], path[-1]] / 1.3
+                row[row < row.topk(3).values[-1]] = -torch.inf
+                torch.testing.assert_close(q, row.softmax(-1), atol=1e-6, rtol=1e-4)  # the noise was added and taken off
+                path.append(token)
+            text += verdict.emitted
+    if noise == 0.0:  # q equals p up to rounding, so a coin rejects it about once in a million
+        going_on = [verdict for verdicts in run.verdicts for verdict in verdicts if verdict.finish is None]
+        assert all(len(verdict.path) == len(verdict.draft) for verdict in going_on)
+
+
+class FakeTokenizer:
+    def __init__(self, fingerprint: str) -> None:
+        self._fingerprint = fingerprint
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+def test_a_stranger_to_the_targets_tokens_is_refused(table_model) -> None:
+    model, wider = table_model.random(VOCAB, seed=1), table_model.random(VOCAB + 1, seed=1)
+    with pytest.raises(ModelError, match="different tokenizers"):
+        draft_model(model, FakeTokenizer("a")).prepare(TargetParts(model, FakeTokenizer("b")))
+    with pytest.raises(ModelError, match="8 tokens"):
+        draft_model(wider).prepare(TargetParts(model))
+    draft_model(model, FakeTokenizer("a")).prepare(TargetParts(model, FakeTokenizer("a")))
+    with pytest.raises(UsageError, match="min_draft"):
+        CascadeOptions(min_draft=0)
