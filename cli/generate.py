@@ -52,9 +52,7 @@ ENGINE = {
     "prompt_lookup_min": Flag(help="Shortest n-gram that prompt lookup matches."),
     "rule": Flag(help="ratio: equal in distribution only, for chains.", metavar="|".join(RULES)),
     "mode": Flag(help="fast: equal up to rounding only.", metavar="|".join(MODES)),
-    "dtype": Flag(help="Data type of activations and of weights that are not quantized."),
     "device": Flag(help="cpu, cuda, cuda:1, ..."),
-    "kernels": Flag(help="Kernel backend; see quantspec doctor."),
     "max_context": Flag(help="Tokens of context to hold. Default: the model's own limit."),
     "threads": Flag(help="CPU threads. Default: torch's choice."),
 }

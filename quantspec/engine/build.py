@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -19,7 +18,6 @@ from quantspec.engine.config import EngineConfig
 from quantspec.engine.engine import Engine, is_out_of_memory
 from quantspec.engine.stats import TimedVerifier
 from quantspec.errors import ModelError, ResourceError, UsageError
-from quantspec.models.base import CausalModel
 from quantspec.models.load import load_model
 from quantspec.models.resolve import resolve
 from quantspec.models.tokenizer import Tokenizer
@@ -34,27 +32,28 @@ NEEDED = {
 }
 """The parts, as fields of ``EngineConfig``, that each method is made of."""
 
+DEFAULT_TARGET = "default/target-w4"
 FAMILY = {
-    "draft": {"draft_model": "default/intermediate"},
+    "draft": {"draft_model": "default/intermediate-w4"},
     "eagle": {"head": "default/eagle-target"},
-    "cascade": {"draft_model": "default/intermediate", "head": "default/eagle-intermediate"},
+    "cascade": {"draft_model": "default/intermediate-w4", "head": "default/eagle-intermediate"},
 }
-"""The default family's parts for each method."""
+"""What ``default`` means here: the quantized target, and for each method the family's own parts."""
 
 
 def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
     """Load the target and its drafters.
 
-    Raises ``UsageError`` for parts that do not make the method, ``ModelError`` for a model that is missing or damaged or
-    does not fit its target, ``ResourceError`` if the target does not fit into memory. ``notice`` gets one line for each thing
-    that is not as asked for.
+    Raises ``UsageError`` for parts that do not make the method, ``ModelError`` for a model that is missing or damaged
+    or does not fit its target, ``ResourceError`` if the target does not fit into memory. ``notice`` gets one line for
+    each thing that is not as asked for.
     """
     config = with_parts(config, notice)
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder = resolve(config.model)
+    folder = resolve(DEFAULT_TARGET if config.model == "default" else config.model)
     try:
-        model = _load(folder, config)
+        model = load_model(folder, device=config.device, mode=config.mode)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -109,23 +108,17 @@ def _present(parts: dict[str, str]) -> bool:
         return False
 
 
-def _load(folder: Path, config: EngineConfig) -> CausalModel:
-    return load_model(folder, dtype=getattr(torch, config.dtype), device=config.device, kernels=config.kernels)
-
-
 def _drafter(config: EngineConfig, notice: Callable[[str], None]) -> tuple[Drafter, int]:
     """The method's drafter, and the bytes of its weights."""
     if config.method == "lookup":
-        options = LookupOptions(
-            prompt_lookup_max=config.prompt_lookup_max, prompt_lookup_min=config.prompt_lookup_min
-        )
+        options = LookupOptions(prompt_lookup_max=config.prompt_lookup_max, prompt_lookup_min=config.prompt_lookup_min)
         return PromptLookup(options), 0
     if config.method == "eagle":
         return _eagle(config)
     if config.method in ("draft", "cascade"):
         assert config.draft_model is not None, "named by with_parts"
         folder = resolve(config.draft_model)
-        model, tokenizer = _load(folder, config), Tokenizer(folder)
+        model, tokenizer = load_model(folder, device=config.device, mode=config.mode), Tokenizer(folder)
         if config.method == "draft":
             return draft_model(model, tokenizer, config.max_nodes), model.weight_bytes
         inner, head_bytes = _eagle(config)

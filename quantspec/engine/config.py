@@ -1,6 +1,6 @@
 """What the engine can be asked to do. Torch-free: the command line takes its options' defaults from here.
 
-vLLM's ``speculative_config`` keys are understood verbatim (``from_speculative_config``), so that a working configuration can
+vLLM's ``speculative_config`` keys are understood verbatim (``with_speculative``), so that a working configuration can
 be carried over without translation.
 """
 
@@ -9,19 +9,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from quantspec.drafters.config import CascadeOptions, EagleOptions, LookupOptions
 from quantspec.errors import UsageError
 
 METHODS = ("none", "lookup", "draft", "eagle", "cascade")
-"""What proposes tokens: nothing, prompt lookup, a small model, an EAGLE head, or an EAGLE tree filtered by a small model."""
+"""What proposes: nothing, prompt lookup, a small model, an EAGLE head, or an EAGLE head filtered by a small model."""
 
 MODES = ("exact", "fast")
 """``exact``: a row has the same bits at any width, so text equals plain decoding. ``fast``: up to rounding only."""
 
 RULES = ("exact", "ratio")
-"""``exact``: keyed noise, the text does not depend on the drafter. ``ratio``: min(1, p/q), equal in distribution, chains only."""
+"""``exact``: keyed noise, so the text does not depend on the drafter. ``ratio``: min(1, p/q), equal in distribution."""
 
 VLLM_METHODS = {"ngram": "lookup", "draft_model": "draft", "eagle": "eagle"}
 
@@ -34,12 +34,13 @@ _CASCADE, _EAGLE, _LOOKUP = CascadeOptions(), EagleOptions(), LookupOptions()
 class EngineConfig:
     """One target and what speculates for it.
 
-    ``model``, ``draft_model`` (the drafter of ``draft``, the intermediate of ``cascade``) and ``head`` (an EAGLE head) are
-    names that ``models.resolve`` understands. ``method`` None takes the best one that the named parts allow.
-    ``num_speculative_tokens`` bounds the draft tokens in one target forward (None: the method's default), ``min_draft`` is
-    the length at which a cascade asks its target. ``tree_*`` shape the EAGLE tree: depth in levels, children per node, and
-    (for a cascade, where the tree meets the intermediate) nodes. ``max_context`` in tokens bounds the cache below the model's own
-    limit. ``max_batch`` sequences run at a time; more wait. ``threads`` None leaves torch's choice.
+    ``model``, ``draft_model`` (the drafter of ``draft``, the intermediate of ``cascade``) and ``head`` (an EAGLE head)
+    are names that ``models.resolve`` understands. ``method`` None takes the best one that the named parts allow.
+    ``num_speculative_tokens`` bounds the draft tokens in one target forward (None: the method's default), ``min_draft``
+    is the length at which a cascade asks its target. ``tree_*`` shape the EAGLE tree: depth in levels, children per
+    node, and (for a cascade, where the tree meets the intermediate) nodes. ``max_context`` bounds prompt and output
+    below the model's own limit. ``max_batch`` sequences run at a time; more wait. ``threads`` None: as torch chooses.
+    ``mode`` None: exact on a CPU, fast elsewhere.
     """
 
     model: str = "default"
@@ -53,11 +54,9 @@ class EngineConfig:
     tree_top_k: int = _EAGLE.top_k
     prompt_lookup_max: int = _LOOKUP.prompt_lookup_max
     prompt_lookup_min: int = _LOOKUP.prompt_lookup_min
-    rule: str = "exact"
-    mode: str = "exact"
-    dtype: str = "float32"
+    rule: Literal["exact", "ratio"] = "exact"
+    mode: str | None = None
     device: str = "cpu"
-    kernels: str = "reference"
     max_context: int | None = None
     max_batch: int = 8
     prefill_chunk: int = 512
@@ -66,7 +65,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, choices in (("method", METHODS), ("mode", MODES), ("rule", RULES)):
             value = getattr(self, name)
-            if value not in choices and not (name == "method" and value is None):
+            if value not in choices and not (value is None and name != "rule"):
                 hint = did_you_mean(str(value), choices) or f"one of {', '.join(choices)}"
                 raise UsageError(f"unknown {name} {value!r}", hint=hint)
         for name, least in (
@@ -87,8 +86,8 @@ class EngineConfig:
                 raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
         if self.rule == "ratio" and self.method not in ("none", "draft"):
             raise UsageError(
-                f"the ratio rule verifies chains that carry probabilities, which method {self.method or 'auto'} does not send",
-                hint="use --method draft, or the default rule",
+                "the ratio rule verifies chains with their probabilities, which only a draft model sends",
+                hint="use method draft, or the default rule",
             )
 
     @property
@@ -102,8 +101,8 @@ class EngineConfig:
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
-        """From a config file's or ``load``'s keys; ``speculative_config`` is a mapping in vLLM's spelling. An unknown key
-        is a ``UsageError`` that names the nearest known one."""
+        """From ``load``'s options; ``speculative_config`` is a mapping in vLLM's spelling. An unknown key is a
+        ``UsageError`` that names the nearest known one."""
         own = {key: value for key, value in options.items() if key != "speculative_config"}
         refuse_unknown(own, (*_names(cls), "speculative_config"), "option")
         config = cls(**own)
@@ -133,8 +132,19 @@ class EngineConfig:
 
 
 _SPECULATIVE = frozenset(
-    "method draft_model head num_speculative_tokens min_draft tree_nodes tree_depth tree_top_k prompt_lookup_max "
-    "prompt_lookup_min rule".split()
+    (
+        "method",
+        "draft_model",
+        "head",
+        "num_speculative_tokens",
+        "min_draft",
+        "tree_nodes",
+        "tree_depth",
+        "tree_top_k",
+        "prompt_lookup_max",
+        "prompt_lookup_min",
+        "rule",
+    )
 )
 
 

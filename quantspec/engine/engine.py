@@ -60,7 +60,7 @@ class Engine:
             self.tell(line)
 
     def step_down(self, error: BaseException, running: Iterable[Request]) -> None:
-        """Make the next step smaller: half the draft, then no drafter. Raises ``ResourceError`` where nothing is left."""
+        """Make the next step smaller: half the draft, then no drafter, then a ``ResourceError``."""
         torch.cuda.empty_cache()
         nodes = self.budget.max_nodes // 2
         if not self.budget.max_nodes:

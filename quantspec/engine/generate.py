@@ -1,13 +1,13 @@
 """The loop: rounds of draft, verify, trim and commit over the sequences that are still running.
 
-Prompts of a batch, samples of a prompt and a single text go through the same code. A sequence that ends leaves the batch,
-and a waiting one takes its place.
+Prompts of a batch, samples of a prompt and a single text go through the same code. A sequence that ends leaves the
+batch, and a waiting one takes its place.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from time import perf_counter
 
 import torch
@@ -27,7 +27,7 @@ def advance(engine: Engine, running: Sequence[Request]) -> list[Chunk]:
     return [request.take(verdict, lap) for request, verdict in zip(running, verdicts, strict=True)]
 
 
-def generate(engine: Engine, requests: Sequence[Request], cancelled: Callable[[], bool]) -> Iterator[Chunk]:
+def generate(engine: Engine, requests: Sequence[Request], cancelled: Callable[[], bool]) -> Generator[Chunk, None, None]:
     """Run all requests, yielding one chunk per sequence and step. Closing the iterator frees every sequence."""
     waiting, running = deque(requests), list[Request]()
     try:

@@ -24,7 +24,7 @@ def load(model: str = "default", *, notice: Callable[[str], None] | None = None,
     """Load a target and its drafters.
 
     ``model`` is a folder, a hub id, or ``"default"``; ``options`` are ``EngineConfig``'s fields, or vLLM's keys under
-    ``speculative_config``. ``notice`` receives one line whenever something other than asked for happens (default: a warning).
+    ``speculative_config``. ``notice`` receives one line whenever something is not as asked for (default: a warning).
     Raises ``UsageError`` for a wrong option, ``ModelError`` for a model that is missing, damaged or does not match.
     """
     return LLM(build(EngineConfig.from_mapping({"model": model, **options}), notice or _warn))
@@ -70,8 +70,8 @@ class LLM:
         generation = self.stream(prompt, params)
         for _ in generation:
             pass
-        single = _is_single(prompt) and len(generation.completions) == 1
-        return generation.completions[0] if single else generation.completions
+        completions = generation.completions
+        return completions[0] if _is_single(prompt) and len(completions) == 1 else completions
 
     def stream(self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> Generation:
         """The same, chunk by chunk as it is generated; ``Chunk.index`` numbers the completions."""
@@ -79,10 +79,7 @@ class LLM:
         if params.stop and engine.tokenizer is None:
             raise UsageError("stop strings need a tokenizer", hint="use stop_token_ids")
         seed = secrets.randbits(32) if params.seed is None else params.seed
-        prompts = [prompt] if _is_single(prompt) else list(prompt)
-        if not prompts:
-            raise UsageError("no prompt was given")
-        encoded = [self._encode(each) for each in prompts]
+        encoded = [self._encode(each) for each in _prompts(prompt)]
         return Generation(
             engine,
             [
@@ -138,6 +135,12 @@ class Generation(Iterator[Chunk]):
 
 def _is_single(prompt: Any) -> bool:
     return isinstance(prompt, str) or (len(prompt) > 0 and all(isinstance(token, int) for token in prompt))
+
+
+def _prompts(prompt: Any) -> list[Prompt]:
+    if not _is_single(prompt) and not prompt:
+        raise UsageError("no prompt was given")
+    return [prompt] if _is_single(prompt) else list(prompt)
 
 
 def _warn(message: str) -> None:

@@ -23,9 +23,9 @@ _JUDGED_AFTER, _USELESS = 50, 1.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One finished text. ``token_ids`` include an end token or stop string that ``text`` leaves out; ``stages`` name the level
-    that proposed each. ``finish_reason`` is ``"stop"``, ``"length"`` or ``"cancelled"``. The same ``seed`` gives the same text.
-    """
+    """One finished text. ``token_ids`` include an end token or stop string that ``text`` leaves out; ``stages`` name
+    the level that proposed each. ``finish_reason`` is ``"stop"``, ``"length"`` or ``"cancelled"``. The same ``seed``
+    gives the same text again."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -38,10 +38,17 @@ class Completion:
 
 
 class Request:
-    """One sequence to generate: sample number ``sample`` of ``prompt``. Raises ``UsageError`` for what cannot be generated."""
+    """One sequence to generate, sample number ``sample`` of its prompt. Raises ``UsageError`` if that is impossible."""
 
     def __init__(
-        self, engine: Engine, prompt: Sequence[int], params: SamplingParams, *, seed: int, sample: int = 0, index: int = 0
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        sample: int = 0,
+        index: int = 0,
     ) -> None:
         self.engine, self.prompt, self.index, self.seed = engine, tuple(prompt), index, seed
         self.max_new_tokens = _room(self.prompt, params, engine.max_context)

@@ -42,7 +42,7 @@ class TimedVerifier(Verifier):
 class Stats:
     """Figures of one sequence. Times are wall seconds of the steps it took part in: in a batch, sequences share them.
 
-    ``target_forwards`` leaves out the prompt's own forward, which gives the first token; all other tokens come from these.
+    ``target_forwards`` leaves out the prompt's own forward, which gives the first token; all others come from these.
     ``stages`` counts tokens by the level that proposed them, ``"target"`` for the target's own draws; they sum to
     ``new_tokens``. ``draft_prefill_seconds`` is the first real ``propose``, in which a drafter reads the prompt.
     """
@@ -62,7 +62,7 @@ class Stats:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens per target forward, the target's own included and the prompt's forward excluded; 0 if there was no other."""
+        """Tokens per target forward, the target's own token counted and the prompt's forward not; 0 without one."""
         return (self.new_tokens - 1) / self.target_forwards if self.target_forwards else 0.0
 
     @property

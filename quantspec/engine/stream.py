@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class OutputText:
     """The text of one sequence as its tokens arrive.
 
-    A stop string ends the text just before its first occurrence, wherever it lies between tokens; the tokens that spelled
-    it stay in ``token_ids``. One that is complete before ``min_new_tokens`` is part of the text. Text that may yet become
-    a stop string, or half of a character, is held back until it is decided.
+    A stop string ends the text just before its first occurrence, wherever it lies between tokens; the tokens that
+    spelled it stay in ``token_ids``. One that is complete before ``min_new_tokens`` is part of the text. Text that may
+    yet become a stop string, or half of a character, is held back until it is decided.
     """
 
     def __init__(

@@ -43,6 +43,8 @@ class CausalModel(Protocol):
     vocab_size: int
     max_positions: int
     hidden_size: int
+    weight_bytes: int
+    """Bytes of all weights as the checkpoint stores them."""
     row_invariant: bool
     """True when a row's bits are the same at any width, chunking and batch (then runs are labelled ``exact``)."""
 

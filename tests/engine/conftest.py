@@ -1,9 +1,10 @@
-"""A family small enough to hold: random native models with one tokenizer, so that drafts are sometimes right and often wrong."""
+"""A family small enough to hold: random native models with one tokenizer. Drafts are sometimes right, often wrong."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def _tokenizer(folder: Path) -> None:
 def _target(folder: Path, architecture: str) -> None:
     import transformers
 
-    shape = dict(
+    shape: dict[str, Any] = dict(  # noqa: C408 - reads like the config
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,

@@ -35,8 +35,13 @@ EXAMPLES = settings(max_examples=150, deadline=None, suppress_health_check=[Heal
 
 
 @EXAMPLES
-@given(ids=st.lists(st.integers(2, 319), max_size=40), stop=st.lists(st.text("ab 4é東😀", min_size=1, max_size=4), max_size=3))
-def test_shown_text_is_the_text_up_to_the_first_stop_string(tokenizer: Tokenizer, ids: list[int], stop: list[str]) -> None:
+@given(
+    ids=st.lists(st.integers(2, 319), max_size=40),
+    stop=st.lists(st.text("ab 4é東😀", min_size=1, max_size=4), max_size=3),
+)
+def test_shown_text_is_the_text_up_to_the_first_stop_string(
+    tokenizer: Tokenizer, ids: list[int], stop: list[str]
+) -> None:
     text = make(tokenizer, tuple(stop))
     shown, reason, used = run(text, [*ids, EOS])
     assert reason == "stop"
