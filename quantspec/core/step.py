@@ -33,7 +33,7 @@ def step(
     """Advance every session by at least one token; returns what each committed.
 
     ``states`` come from ``drafter.open``, one per session. ``trim`` cuts a verdict before it is committed (the default
-    knows stop tokens and the token limit). ``top_k`` asks for ``Verdict.top`` beyond what the drafter needs. A drafter that raises costs speed, never the text: its draft is empty and
+    knows stop tokens and the token limit). A drafter that raises costs speed, never the text: its draft is empty and
     ``notice`` gets a line. ``top_k`` asks for that many best tokens of every row, should the drafter want fewer.
     """
     assert all(session.finish is None for session in sessions), "a finished sequence was stepped"
