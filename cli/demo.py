@@ -15,7 +15,7 @@ import click
 from quantspec import __version__
 from quantspec.calibrate.quantize.config import QuantizeConfig
 from quantspec.cli.machine import processor
-from quantspec.cli.quantize import progress
+from quantspec.cli.quantize import DENSE_DEFAULT, progress
 from quantspec.cli.render import megabytes, note, table
 from quantspec.errors import VerificationError
 from quantspec.types import SamplingParams
@@ -110,7 +110,7 @@ def _quantized_target(out: Path) -> Path:
     note(f"quantizing the default target into {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with progress(sys.stderr.isatty()) as on_event:
-        run(QuantizeConfig(model=resolve("default/dense"), out=out, eval_samples=0), on_event)
+        run(QuantizeConfig(model=resolve(DENSE_DEFAULT), out=out, eval_samples=0), on_event)
     return out
 
 

@@ -1,7 +1,7 @@
 """The entry point: lazy subcommands, and one place that owns exit codes, signals and broken pipes.
 
 Exit codes: 0 ok, 1 a bug of ours, 2 usage, 3 bad model or data, 4 out of memory or disk, 5 verification failed, 130 and
-143 interrupted. Click's own differ (Ctrl-C gives 1, usage errors span lines), hence ``standalone_mode=False``.
+143 interrupted. Click's own ``main`` differs (Ctrl-C gives 1, usage errors span lines) and is not used.
 """
 
 from __future__ import annotations
@@ -86,11 +86,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     invocation = Invocation(tuple(sys.argv[1:] if arguments is None else arguments))
     try:
         with terminable():
-            code = cli.main(list(invocation.arguments), prog_name="quantspec", standalone_mode=False, obj=invocation)
+            _invoke(invocation)
             sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
         return 0
     except BrokenPipeError:
         # The reader has what it wanted. Python flushes stdout once more at exit, which must not fail either.
@@ -102,6 +99,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code, line = explain(error)
         click.echo(line, err=True)
         return code
+
+
+def _invoke(invocation: Invocation) -> None:
+    try:
+        with cli.make_context("quantspec", list(invocation.arguments), obj=invocation) as context:
+            cli.invoke(context)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+    except click.exceptions.Exit:
+        pass  # --help and --version end this way
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ FLAGS = {
     "device": Flag(help="Where layers are computed: cpu, cuda, ..."),
 }
 
+DENSE_DEFAULT = "default/target"
+
 
 @click.command(short_help="Quantize a model's weights to 4 bits.")
 @click.argument("model")
@@ -49,7 +51,8 @@ def quantize(invocation: Invocation, model: str, as_json: bool, **options: Any) 
     from quantspec.calibrate.quantize.run import run
     from quantspec.models.resolve import resolve
 
-    config = assemble(QuantizeConfig, options, model=resolve(model))
+    # `default` generates from a 4-bit copy; its dense original is what can be quantized.
+    config = assemble(QuantizeConfig, options, model=resolve(DENSE_DEFAULT if model == "default" else model))
     try:
         with progress(sys.stderr.isatty()) as on_event:
             report = run(config, on_event)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -119,3 +122,19 @@ def test_every_option_has_a_help_text() -> None:
         return [f"{path} {each.opts[0]}" for each in missing]
 
     assert options(cli, "quantspec") == []
+
+
+@pytest.mark.parametrize("stderr_too", [False, True])
+def test_a_closed_pipe_is_no_error(stderr_too: bool) -> None:
+    """A process of its own: Python flushes once more at exit, which is where careless programs complain."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "quantspec.cli.main", "--help"],
+        stdout=writer,
+        stderr=writer if stderr_too else subprocess.PIPE,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )
+    os.close(writer)
+    assert done.returncode == 0
+    assert not done.stderr

@@ -1,0 +1,154 @@
+"""``quantspec quantize`` on a tiny model: its report, and what an interruption or a full disk leave."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from quantspec.calibrate.quantize.config import Event
+from quantspec.cli import quantize as command
+
+FAST = ("--num-samples", 4, "--seq-len", 32, "--eval-samples", 2)
+REQUIRED = {
+    "out", "bytes_before", "bytes_after", "perplexity_before", "perplexity_after", "top1_agreement", "layers",
+}  # fmt: skip
+LINEARS = 3 * 7
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Content by name, without the report, which holds times."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if "report" not in path.name and "manifest" not in path.name
+    }
+
+
+def on_layer(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Call ``act`` when linear layer ``number`` is done."""
+
+    @contextmanager
+    def progress(terminal: bool) -> Iterator[Callable[[Event], None]]:
+        yield lambda event: act() if event.stage == "layer" and event.done == number else None
+
+    monkeypatch.setattr(command, "progress", progress)
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_json_report(call, tiny: Path, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "w4"
+    result = call("quantize", tiny, "--out", out, "--method", method, "--json", *FAST)
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report.keys() >= REQUIRED
+    assert report["out"] == str(out)
+    assert report["bytes_after"] < report["bytes_before"]
+    assert len(report["layers"]) == LINEARS
+    assert all(layer["method"] == method and layer["error"] > 0 for layer in report["layers"])
+    assert "\x1b" not in result.err
+
+
+def test_the_result_generates(call, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "w4"
+    assert call("quantize", tiny, "--out", out, "--method", "rtn", *FAST).code == 0
+    result = call("generate", "Question:", "--model", out, "--method", "none", "-n", 8, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["stats"]["exactness"] == "exact"
+
+
+def test_table_without_a_terminal(call, tiny: Path, tmp_path: Path) -> None:
+    result = call("quantize", tiny, "--out", tmp_path / "w4", "--method", "rtn", *FAST)
+    assert result.code == 0
+    assert "perplexity, held-out text" in result.out
+    assert "top-1 agreement" in result.out
+    assert "\x1b" not in result.out + result.err
+
+
+def test_ctrl_c_finishes_the_layer_and_a_second_run_goes_on(
+    call, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert call("quantize", tiny, "--out", whole, *FAST).code == 0
+    with monkeypatch.context() as patch:
+        on_layer(patch, 9, lambda: os.kill(os.getpid(), signal.SIGINT))
+        result = call("quantize", tiny, "--out", cut, *FAST)
+    assert (result.code, result.out) == (130, "")
+    assert f"hint: go on with: quantspec quantize {tiny} --out {cut} --num-samples 4" in result.error
+    assert not cut.exists()
+    # The signal came in the second of three decoder layers, which was finished.
+    resumed = call("quantize", tiny, "--out", cut, *FAST)
+    assert resumed.code == 0
+    assert "resuming after 2 of 3 layers" in resumed.err
+    assert files(cut) == files(whole)
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("whole", "cut")] == []
+
+
+def test_sigterm_ends_at_once_and_a_second_run_goes_on(
+    call, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "w4"
+    with monkeypatch.context() as patch:
+        on_layer(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        result = call("quantize", tiny, "--out", out, *FAST)
+    assert result.code == 143
+    assert "hint: go on with: quantspec quantize" in result.error
+    assert not out.exists()
+    assert "resuming after 1 of 3 layers" in call("quantize", tiny, "--out", out, *FAST).err
+
+
+def test_a_full_disk(call, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "w4"
+    sync, syncs = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        # A full disk shows in write or, with delayed allocation, here; both reach the same handler.
+        syncs.append(descriptor)
+        if len(syncs) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        result = call("quantize", tiny, "--out", out, *FAST)
+    assert (result.code, result.out) == (4, "")
+    assert "no space left on device" in result.error
+    assert not out.exists()
+    assert list(tmp_path.rglob("*.tmp")) == []
+    assert call("quantize", tiny, "--out", out, *FAST).code == 0
+
+
+def test_a_read_only_folder(call, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The superuser may write anywhere, so the system's refusal is imitated."""
+
+    def refuse(self: Path, *arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    result = call("quantize", tiny, "--out", tmp_path / "w4", *FAST)
+    assert (result.code, result.out) == (4, "")
+    assert "read-only file system" in result.error
+    assert "hint: " in result.error
+
+
+def test_an_output_folder_with_something_else_in_it(call, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    result = call("quantize", tiny, "--out", tmp_path, *FAST)
+    assert result.code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_out_of_memory(call, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    on_layer(monkeypatch, 2, fail)
+    result = call("quantize", tiny, "--out", tmp_path / "w4", *FAST)
+    assert result.code == 4
+    assert "out of memory" in result.error
