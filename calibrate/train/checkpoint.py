@@ -68,7 +68,9 @@ def save_net(net: LlamaNet, out: Path, tokenizer_from: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (tokenizer_from / name).resolve() != (out / name).resolve():
             copy_file(tokenizer_from / name, out / name)
-    save_tensors(out / "model.safetensors", {k: v.detach().to("cpu", torch.bfloat16) for k, v in net.state_dict().items()})
+    save_tensors(
+        out / "model.safetensors", {k: v.detach().to("cpu", torch.bfloat16) for k, v in net.state_dict().items()}
+    )
 
 
 def load_net(folder: Path, device: str = "cpu") -> LlamaNet:

@@ -113,7 +113,7 @@ class RolloutConfig:
     minutes: float = 0.0
     """Stop after this time even if `tokens` are not reached; 0: no limit."""
     slots: int = 96
-    max_len: int = 384
+    max_len: int = 256
     temperatures: tuple[float, ...] = (0.0, 0.8, 1.0)
     weights: tuple[float, ...] = ()
     """Share of prompts per source of the corpus; empty: the corpus weights."""

@@ -22,7 +22,9 @@ _MIN_DOC, _MAX_DOC = 40, 12_000
 def documents(path: Path) -> list[str]:
     """The documents of a .jsonl file, of a text file split at `<|doc|>` lines, or of a folder of .py files."""
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*.py") if "test" not in str(p.relative_to(path)) and "site-packages" not in p.parts)
+        files = sorted(
+            p for p in path.rglob("*.py") if "test" not in str(p.relative_to(path)) and "site-packages" not in p.parts
+        )
         texts = [p.read_text(encoding="utf-8", errors="ignore") for p in files]
     elif path.suffix == ".jsonl":
         texts = [_json_text(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

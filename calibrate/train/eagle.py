@@ -1,4 +1,4 @@
-"""Train an EAGLE-1/2 head (arXiv 2401.15077): fc over (embedding, feature), one decoder layer, the base's frozen head.
+"""Train an EAGLE-1/2 head (arXiv 2401.15077): fc over (embedding, feature), one decoder layer, the base's own head.
 
 Slot i reads the feature f_i and the *next* token t_{i+1}, regresses f_{i+1}, and so predicts t_{i+2}. Training simulates
 drafting (as HASS, arXiv 2408.15766): in step j a slot reads the feature that step j - 1 predicted one slot earlier, and
@@ -49,7 +49,7 @@ class EagleHead(nn.Module):
         return self.fc(torch.cat([embedded, features], dim=-1))
 
     def unrolled(self, embedded: torch.Tensor, features: torch.Tensor, steps: int) -> list[torch.Tensor]:
-        """Predicted features [B, S, hidden] of each draft step; slot i of step j has read true features up to slot i - j.
+        """Predicted features [B, S, hidden] per draft step; slot i of step j has read true features up to slot i - j.
 
         `embedded` [B, S, hidden] of t_{i+1}, `features` [B, S, hidden] = f_i. Slots i < j of step j have no such past
         and carry no meaning.
@@ -78,11 +78,15 @@ class EagleHead(nn.Module):
 
 def _shift(x: torch.Tensor, by: int, dim: int) -> torch.Tensor:
     """x moved `by` slots to the right along `dim`; slot 0 is repeated."""
-    return torch.cat([x.narrow(dim, 0, 1).expand_as(x.narrow(dim, 0, by)), x.narrow(dim, 0, x.shape[dim] - by)], dim) if by else x
+    return (
+        torch.cat([x.narrow(dim, 0, 1).expand_as(x.narrow(dim, 0, by)), x.narrow(dim, 0, x.shape[dim] - by)], dim)
+        if by
+        else x
+    )
 
 
 def _draft_attention(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
-    """Attention of draft step j = len(keys) - 1, all [B, heads, S, d]: true slots <= i - j, then step m's slot i - j + m."""
+    """Draft step j = len(keys) - 1, all [B, heads, S, d]: slot i sees true slots <= i - j, then step m's slot i - j + m."""
     step, slots = len(keys) - 1, q.shape[2]
     scores = q @ keys[0].mT
     seen = torch.ones(slots, slots, dtype=torch.bool, device=q.device).tril(-step)
@@ -129,14 +133,24 @@ def run(config: EagleConfig, stop_after: int | None = None) -> dict[str, Any]:
         seen = tokens
 
     steps = fit(
-        head, loss_of, config.optim, config.run, config.out, counters=lambda: seen, restore=restore, stop_after=stop_after
+        head,
+        loss_of,
+        config.optim,
+        config.run,
+        config.out,
+        counters=lambda: seen,
+        restore=restore,
+        stop_after=stop_after,
     )
     result: dict[str, Any] = {"steps": steps, "tokens": seen}
     tau = {}
     if config.held_out and workers.rank() == 0:
         held = read_rollouts(config.held_out)
         if held.model != name:
-            raise ModelError(f"{config.held_out} was not written by {config.base}", hint="make held-out rollouts with the base itself")
+            raise ModelError(
+                f"{config.held_out} was not written by {config.base}",
+                hint="make held-out rollouts with the base itself",
+            )
         tau = fit_tau(head, base, held)
         result |= {"tau": tau, "tree_acceptance": tree_acceptance(head, base, held)}
     if workers.rank() == 0:
@@ -174,9 +188,17 @@ def save_head(head: EagleHead, base: LlamaNet, config: EagleConfig, tau: dict[st
     make_folder(config.out)
     shape = Shape(**{**vars(base.shape), "layers": 1})
     section = {"base": fingerprint(config.base), "tau": tau}
-    settings = {**llama_config(shape, base.vocab), "architectures": ["LlamaForCausalLMEagle"], "bias": True, "quantspec": section}
+    settings = {
+        **llama_config(shape, base.vocab),
+        "architectures": ["LlamaForCausalLMEagle"],
+        "bias": True,
+        "quantspec": section,
+    }
     write_json(config.out / "config.json", settings)
-    save_tensors(config.out / "model.safetensors", {k: v.detach().to("cpu", torch.bfloat16) for k, v in head.state_dict().items()})
+    save_tensors(
+        config.out / "model.safetensors",
+        {k: v.detach().to("cpu", torch.bfloat16) for k, v in head.state_dict().items()},
+    )
 
 
 def load_head(folder: Path, base: LlamaNet) -> EagleHead:

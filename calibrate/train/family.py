@@ -26,7 +26,8 @@ from quantspec.models.atomic import copy_file, make_folder, write_json
 
 MEMBERS = ("target", "target-w4", "intermediate", "intermediate-w4", "eagle-target", "eagle-intermediate")
 _HELD_TEXTS = 180  # a third of them greedy
-_NOT_SHIPPED = ("state.safetensors", "log.jsonl", "result.json")
+_HELD_LENGTH = 384
+_NOT_SHIPPED = ("state.safetensors", "log.jsonl")
 
 
 def run(config: FamilyConfig) -> dict[str, Any]:
@@ -80,7 +81,10 @@ class _Stages:
             ("intermediate-w4", lambda: self.quantize("intermediate", "rtn")),
             ("held-intermediate", lambda: self.held_out("intermediate-w4", "held-intermediate")),
             ("eagle-target", lambda: self.eagle("target", minutes.eagle_minutes, at / "held-target")),
-            ("eagle-intermediate", lambda: self.eagle("intermediate", minutes.eagle_minutes / 2, at / "held-intermediate")),
+            (
+                "eagle-intermediate",
+                lambda: self.eagle("intermediate", minutes.eagle_minutes / 2, at / "held-intermediate"),
+            ),
         ]
 
     def corpus(self) -> dict[str, Any]:
@@ -99,8 +103,12 @@ class _Stages:
         return train(LMConfig(self.config.work / "corpus", self.config.work / name, shape, optim, self.config.run))
 
     def quantize(self, name: str, method: str) -> dict[str, Any]:
+        import torch
+
         from quantspec.calibrate.quantize.run import run as quantize
 
+        # The training processes have one thread each; quantizing runs in this one.
+        torch.set_num_threads(1 if self.config.run.processes > 1 else self.config.run.threads)
         work = self.config.work
         settings = QuantizeConfig(work / name, work / f"{name}-w4", method=method, device=self.config.run.device)  # type: ignore[arg-type]
         report = quantize(settings).to_json()
@@ -130,7 +138,13 @@ class _Stages:
         weights = tuple(float(i == 0) for i in range(len(config.sources)))
         return roll(
             RolloutConfig(
-                work / model, work / "corpus", work / name, texts=_HELD_TEXTS, weights=weights, held_out=True, run=config.run
+                work / model,
+                work / "corpus",
+                work / name,
+                texts=_HELD_TEXTS,
+                weights=weights,
+                held_out=True,
+                run=config.run,
             )
         )
 

@@ -49,7 +49,11 @@ def run(config: LMConfig, stop_after: int | None = None) -> dict[str, Any]:
     )
     if workers.rank() == 0:
         save_net(net, config.out, tokenizer_from=config.corpus)
-    return {"steps": steps, "tokens": steps * optim.batch * optim.seq_len, **held_out_loss(net, config.corpus, optim.seq_len)}
+    return {
+        "steps": steps,
+        "tokens": steps * optim.batch * optim.seq_len,
+        **held_out_loss(net, config.corpus, optim.seq_len),
+    }
 
 
 def next_token_loss(net: LlamaNet, ids: torch.Tensor) -> torch.Tensor:

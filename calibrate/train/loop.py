@@ -71,7 +71,13 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
         step, done_here = step + 1, done_here + 1
         if step % run.log_every == 0 and workers.rank() == 0:
-            row = {"step": step, "minutes": schedule.spent / 60, "loss": float(loss.detach()), "lr_factor": factor, **metrics}
+            row = {
+                "step": step,
+                "minutes": schedule.spent / 60,
+                "loss": float(loss.detach()),
+                "lr_factor": factor,
+                **metrics,
+            }
             row["tokens_per_second"] = tokens_per_step / (time.monotonic() - began)
             _append(out / "log.jsonl", row)
             bar.show(progress, row)
@@ -99,5 +105,6 @@ class _Bar:
 
     def show(self, progress: float, row: dict[str, Any]) -> None:
         if self.on:
-            filled = int(30 * progress)
-            print(f"\r{self.name} [{'#' * filled:<30}] {progress:4.0%} loss {row['loss']:.3f}", end="", file=sys.stderr, flush=True)
+            filled = f"{'#' * int(30 * progress):<30}"
+            sys.stderr.write(f"\r{self.name} [{filled}] {progress:4.0%} loss {row['loss']:.3f}")
+            sys.stderr.flush()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TREE_NODES, TREE_DEPTH, TREE_TOP_K = 15, 6, 4
 _TAUS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
-_MAX_TEXTS = 64
+_MAX_TEXTS = 60
 
 
 class TreeDrafter:
@@ -33,7 +33,7 @@ class TreeDrafter:
         self.keys, self.values = k[0], v[0]
 
     def draft(self, last: int, nodes: int, depth: int, top_k: int) -> tuple[list[int], list[int]]:
-        """Tokens and parents (-1: the root) of the tree under the committed token at index `last`, best path products first."""
+        """Tokens and parents (-1: the root) of the best tree under the committed token at index `last`."""
         tokens, parents, scores, ancestors = [], [], [], []
         slots = last  # true-feature slots 0 .. last - 1; the root's prediction stands in slot last - 1
         frontier, hidden = [-1], self.predicted[slots - 1][None]
@@ -55,7 +55,8 @@ class TreeDrafter:
             best = sorted(children, reverse=True)[:top_k]
             frontier = [node for _, node, _ in best]
             x = self.head.mix_in(
-                self.base.model.embed_tokens(torch.tensor([tokens[n] for n in frontier])), hidden[[f for _, _, f in best]]
+                self.base.model.embed_tokens(torch.tensor([tokens[n] for n in frontier])),
+                hidden[[f for _, _, f in best]],
             )[None]
             positions = torch.full((1, len(frontier)), slots + level)
             q, k, v = self.layer.self_attn.qkv(x, *(t[:, None] for t in rope_table(self.head.shape, positions)))
@@ -66,7 +67,9 @@ class TreeDrafter:
             mask[:, :slots] = True
             for i, row in enumerate(rows):
                 mask[i, [slots + a for a in row]] = True
-            all_k, all_v = (torch.cat([c[:, :slots], o], 1)[None] for c, o in ((self.keys, own_k), (self.values, own_v)))
+            all_k, all_v = (
+                torch.cat([c[:, :slots], o], 1)[None] for c, o in ((self.keys, own_k), (self.values, own_v))
+            )
             x = x + self.layer.self_attn.mix(q, all_k, all_v, mask)
             hidden = (x + self.layer.mlp(self.layer.post_attention_layernorm(x)))[0]
         # Path products never grow with depth and earlier indices win ties, so the best nodes form a tree.
@@ -88,7 +91,7 @@ def accepted(tokens: list[int], parents: list[int], truth: list[int]) -> int:
 
 @torch.no_grad()
 def tree_acceptance(head: EagleHead, base: LlamaNet, texts: Rollouts) -> float:
-    """Tokens committed per forward of the base (the bonus token included, prefill excluded) on its greedy held-out texts."""
+    """Tokens per forward of the base on its greedy held-out texts, bonus token included and prefill excluded."""
     committed = rounds = 0
     for index in greedy_texts(texts):
         batch = texts.batch([index])
@@ -119,8 +122,10 @@ def greedy_texts(texts: Rollouts) -> list[int]:
 
 
 @torch.no_grad()
-def fit_tau(head: EagleHead, base: LlamaNet, texts: Rollouts, temperatures: tuple[float, ...] = (0.8, 1.0)) -> dict[str, float]:
-    """Per temperature the tau under which softmax((log q - log E) / tau) gives the verifier's draw the highest likelihood.
+def fit_tau(
+    head: EagleHead, base: LlamaNet, texts: Rollouts, temperatures: tuple[float, ...] = (0.8, 1.0)
+) -> dict[str, float]:
+    """Per temperature the tau for which softmax((log q - log E) / tau) finds the verifier's draw likeliest.
 
     E is the exponential noise that drafter and verifier share: the verifier draws argmax(log p - log E).
     """

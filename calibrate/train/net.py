@@ -48,7 +48,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden, kv, bias=False)
         self.o_proj = nn.Linear(q, shape.hidden, bias=False)
 
-    def qkv(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def qkv(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries [B, heads, T, d], rotated keys and values [B, kv_heads, T, d]."""
         batch, length, _ = x.shape
         q, k, v = (
@@ -116,7 +118,13 @@ class LlamaNet(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                std = 0.02 if "embed" in name else 0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else p.shape[1] ** -0.5
+                std = (
+                    0.02
+                    if "embed" in name
+                    else 0.0
+                    if name.endswith(("o_proj.weight", "down_proj.weight"))
+                    else p.shape[1] ** -0.5
+                )
                 p.data.copy_(torch.randn(p.shape, generator=generator) * std)
         return self
 

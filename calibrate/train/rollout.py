@@ -6,6 +6,7 @@ it starts over with the next prompt. So there is no padding, no separate prefill
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from quantspec.calibrate.train.net import LlamaNet
 from quantspec.calibrate.train.state import atomic_tensors
 from quantspec.errors import ModelError
 from quantspec.models.atomic import make_folder, sha256
+from quantspec.models.tensors import checkpoint_files
 
 EOS_ID = 1
 _COLUMNS = ("ids", "features", "starts", "prompt_lens", "temperatures")
@@ -88,7 +90,7 @@ def _marker(corpus: Path) -> list[int]:
 def training_prompts(
     sources: list[TokenDocs], weights: list[float], marker: list[int], config: RolloutConfig
 ) -> Iterator[Prompt]:
-    """Endless prompts, sources by weight, temperatures in turn: a question up to its answer, else a document's beginning."""
+    """Endless prompts, sources by weight, temperatures in turn: a question without its answer, or a text's beginning."""
     rng = np.random.default_rng([config.seed, 7])
     orders = [rng.permutation(len(s)) for s in sources]
     taken = [0] * len(sources)
@@ -126,7 +128,7 @@ def generate(net: LlamaNet, prompts: Iterator[Prompt], config: RolloutConfig) ->
     cache = net.new_cache(slots, config.max_len)
     texts = torch.zeros(slots, config.max_len, dtype=torch.long)
     features = torch.zeros(slots, config.max_len, net.shape.hidden, dtype=torch.float16)
-    lens, at = [0] * slots, torch.zeros(slots, dtype=torch.long)
+    lens, at = torch.zeros(slots, dtype=torch.long), torch.zeros(slots, dtype=torch.long)
     heat = torch.zeros(slots)
     live: list[Prompt | None] = [None] * slots
 
@@ -143,30 +145,26 @@ def generate(net: LlamaNet, prompts: Iterator[Prompt], config: RolloutConfig) ->
     while any(p is not None for p in live):
         hidden = net.decode(texts[rows, at].to(device), at.to(device), cache)
         features[rows, at] = hidden.half().cpu()
-        sampled = sample(net.head(hidden).cpu(), heat, generator)
-        for slot, prompt in enumerate(live):
-            if prompt is None:
-                continue
-            position = int(at[slot]) + 1
-            if position < lens[slot]:
-                at[slot] = position
-                continue
-            texts[slot, position] = token = sampled[slot]
-            if int(token) == EOS_ID or position == config.max_len - 1:
-                features[slot, position] = 0
-                size = position + 1
-                yield Rollout(texts[slot, :size].int(), features[slot, :size].clone(), lens[slot], prompt.temperature)
-                start(slot)
-            else:
-                at[slot] = position
+        at += 1
+        due = at >= lens  # their next token is not in the prompt
+        texts[rows[due], at[due]] = sample(net.head(hidden[due.to(device)]).cpu(), heat[due], generator)
+        over = due & ((texts[rows, at] == EOS_ID) | (at == config.max_len - 1))
+        for slot in over.nonzero().flatten().tolist():
+            prompt, size = live[slot], int(at[slot]) + 1
+            features[slot, size - 1] = 0
+            if prompt is not None:
+                text = texts[slot, :size].int(), features[slot, :size].clone()
+                yield Rollout(*text, len(prompt.ids), prompt.temperature)
+            start(slot)
 
 
 def sample(logits: torch.Tensor, temperatures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One token per row of logits [B, V]: argmax where the temperature is 0, else a draw from softmax(logits / T)."""
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    hot = temperatures > 0
-    scaled = logits / torch.where(hot, temperatures, 1.0)[:, None]
-    return torch.where(hot[:, None], scaled - noise.log(), logits).argmax(-1)
+    drawn, hot = logits.argmax(-1), temperatures > 0
+    # Gumbel noise from uniform numbers: three times faster on a CPU than multinomial or exponential_.
+    gumbel = -(-torch.rand(int(hot.sum()), logits.shape[1], generator=generator).log()).log()
+    drawn[hot] = (logits[hot] / temperatures[hot, None] + gumbel).argmax(-1)
+    return drawn
 
 
 def write_rollouts(path: Path, texts: list[Rollout], model: str) -> None:
@@ -219,7 +217,7 @@ class Batch:
     prompt_lens: torch.Tensor
 
     def weights(self, prompt_weight: float) -> torch.Tensor:
-        """[B, T]: 1 where the row predicts a generated token, `prompt_weight` inside the prompt, 0 past the last prediction."""
+        """[B, T]: 1 where a row predicts a generated token, `prompt_weight` in the prompt, 0 past the last prediction."""
         t = torch.arange(self.ids.shape[1])
         answer = t >= self.prompt_lens[:, None] - 1
         return torch.where(answer, 1.0, prompt_weight) * (t < self.lens[:, None] - 1)
@@ -245,8 +243,8 @@ def read_rollouts(folder: Path) -> Rollouts:
 
 
 def fingerprint(folder: Path) -> str:
-    """Sum of a model's weights file: what a drafter was trained for."""
-    return sha256(folder / "model.safetensors")
+    """Sum over a model's weight files: what a drafter was trained for."""
+    return hashlib.sha256("".join(sha256(path) for path in checkpoint_files(folder)).encode()).hexdigest()
 
 
 class RolloutBatches:
