@@ -141,7 +141,7 @@ class DistillConfig:
     group_size: int = 128
     quantize_from: float = 0.5
     """Progress from which the rounded weights are trained (straight-through)."""
-    optim: Optim = field(default_factory=lambda: Optim(minutes=20.0, batch=24, muon_lr=0.01))
+    optim: Optim = field(default_factory=lambda: Optim(minutes=20.0, batch=16, muon_lr=0.01))
     run: RunOptions = field(default_factory=RunOptions)
 
 
@@ -156,14 +156,14 @@ class EagleConfig:
     """Rollouts of held-out prompts, to fit tau on and to measure acceptance."""
     unroll: int = 3
     """Draft steps that training simulates: step j reads the features that step j - 1 predicted."""
-    unroll_from: float = 0.3
+    unroll_from: float = 0.4
     """Progress from which more than one step is trained."""
     step_decay: float = 0.8
     ce_weight: float = 1.0
     feature_weight: float = 1.0
     noise: float = 0.1
     """Half-width of the uniform noise on input features, in units of their root mean square."""
-    optim: Optim = field(default_factory=lambda: Optim(minutes=15.0, batch=16, muon_lr=0.01))
+    optim: Optim = field(default_factory=lambda: Optim(minutes=15.0, batch=12))
     run: RunOptions = field(default_factory=RunOptions)
 
 
@@ -182,6 +182,8 @@ class FamilyConfig:
     intermediate_minutes: float = 10.0
     rollout_tokens: int = 1_500_000
     rollout_minutes: float = 15.0
+    rollout_weights: tuple[float, ...] = ()
+    """Share of the prompts per source; empty: as in the corpus."""
     distill_minutes: float = 20.0
     eagle_minutes: float = 15.0
     """For the head on the target; the head on the intermediate gets half of it."""

@@ -1,8 +1,8 @@
 """Train an EAGLE-1/2 head (arXiv 2401.15077): fc over (embedding, feature), one decoder layer, the base's own head.
 
-Slot i reads the feature f_i and the *next* token t_{i+1}, regresses f_{i+1}, and so predicts t_{i+2}. Training simulates
-drafting (as HASS, arXiv 2408.15766): in step j a slot reads the feature that step j - 1 predicted one slot earlier, and
-attends to true-feature slots up to i - j and then to the slots of its own draft, just as at generation.
+Slot i reads the feature f_i and the *next* token t_{i+1}, regresses f_{i+1}, and so predicts t_{i+2}. Training
+simulates drafting (as HASS, arXiv 2408.15766): in step j a slot reads the feature that step j - 1 predicted one slot
+earlier, and attends to true-feature slots up to i - j and then to the slots of its own draft, just as at generation.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _shift(x: torch.Tensor, by: int, dim: int) -> torch.Tensor:
 
 
 def _draft_attention(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
-    """Draft step j = len(keys) - 1, all [B, heads, S, d]: slot i sees true slots <= i - j, then step m's slot i - j + m."""
+    """Draft step j = len(keys) - 1, all [B, heads, S, d]: slot i sees true slots to i - j, then its own draft."""
     step, slots = len(keys) - 1, q.shape[2]
     scores = q @ keys[0].mT
     seen = torch.ones(slots, slots, dtype=torch.bool, device=q.device).tril(-step)

@@ -125,6 +125,7 @@ class _Stages:
                 work / "rollouts",
                 tokens=config.rollout_tokens,
                 minutes=config.rollout_minutes,
+                weights=config.rollout_weights,
                 seed=config.seed,
                 run=config.run,
             )

@@ -90,7 +90,7 @@ def _marker(corpus: Path) -> list[int]:
 def training_prompts(
     sources: list[TokenDocs], weights: list[float], marker: list[int], config: RolloutConfig
 ) -> Iterator[Prompt]:
-    """Endless prompts, sources by weight, temperatures in turn: a question without its answer, or a text's beginning."""
+    """Endless prompts, sources by weight, temperatures in turn: a question without answer, or a text's beginning."""
     rng = np.random.default_rng([config.seed, 7])
     orders = [rng.permutation(len(s)) for s in sources]
     taken = [0] * len(sources)
@@ -217,7 +217,7 @@ class Batch:
     prompt_lens: torch.Tensor
 
     def weights(self, prompt_weight: float) -> torch.Tensor:
-        """[B, T]: 1 where a row predicts a generated token, `prompt_weight` in the prompt, 0 past the last prediction."""
+        """[B, T]: 1 where a row predicts a generated token, `prompt_weight` in the prompt, 0 past the last one."""
         t = torch.arange(self.ids.shape[1])
         answer = t >= self.prompt_lens[:, None] - 1
         return torch.where(answer, 1.0, prompt_weight) * (t < self.lens[:, None] - 1)

@@ -87,7 +87,7 @@ def test_weights_mark_what_predicts_generated_tokens() -> None:
 
 
 def test_head_loss_sees_the_shifted_token_and_the_next_feature(model: Path, head: EagleHead) -> None:
-    """Slot i reads token i + 1 and feature i, and is compared with feature i + 1: an oracle of just that is faultless."""
+    """Slot i reads token i + 1 and feature i, and is compared with feature i + 1: an oracle has no error."""
     net, config = load_net(model), EagleConfig(model, model, model, noise=0.0)
     ids = torch.tensor([[0, 10, 20, 30, 40, 50]])
     features = torch.randn(1, 6, TINY.hidden, generator=torch.Generator().manual_seed(2))
