@@ -169,7 +169,7 @@ def test_trees_and_commits_of_paths(models, family):
             ([-1, -1, 0, 0, 1, 3, 4], [0, 3, 5]),
             ([-1, 0, 1, -1, 0], [0, 4]),
             ([-1, -1, -1], [2]),
-            ([0 - 1, 0, 1, 2, 0, 4, 5, 6, 6], [0, 4, 5, 6, 8]),  # deeper than the window with what is cached
+            ([-1, -1, 0, 2, 3, 4, 5, 6, 7], [0, 2, 3, 4, 5, 6, 7, 8]),  # deeper than the window, slots unlike depths
             ([-1, 0, 1, -1], [0, 1]),  # a lag of accepted rows, then a branch
             ([-1, -1], []),
         ]
