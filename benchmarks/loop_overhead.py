@@ -1,10 +1,11 @@
 """What a step costs outside model forwards and ``propose``: warp, noise, acceptance, commit, views, trimming.
 
-``python -m quantspec.benchmarks.loop_overhead`` prints one JSON object: per setting the median wall time of a step and the
-median processor time of its thread, in milliseconds. The work is single-threaded, so on an idle machine the two agree, and on
-a busy one the second is the figure to trust. Model and drafter are stand-ins whose own time is measured and taken off: rows of
-Zipf-like logits known in advance, and a tree of 15 nodes (or none) of which about three are accepted. The noise cache is
-emptied before every step, so no drafter is assumed to have drawn with the same noise. Settings take turns, round by round.
+``python -m quantspec.benchmarks.loop_overhead`` prints one JSON object: per setting the median wall time of a step and
+the median processor time of its thread, in milliseconds. The work is single-threaded, so on an idle machine the two
+agree, and on a busy one the second is the figure to trust. Model and drafter are stand-ins whose own time is measured
+and taken off: rows of Zipf-like logits known in advance, and a tree of 15 nodes (or none) of which about three are
+accepted. The noise cache is emptied before every step, so no drafter is assumed to have drawn with the same noise.
+Settings take turns, round by round.
 """
 
 from __future__ import annotations

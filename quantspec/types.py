@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Tap = int | str
-"""A residual stream to hand out: a 0-based layer (the stream *after* it), ``"embed"``, or ``"norm"`` (after the final norm)."""
+"""A residual stream to hand out: a 0-based layer (the stream *after* it), ``"embed"``, or ``"norm"`` (after the final
+norm)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """What the user asks of the text. The output is a function of these, the target, the prompt and the seed alone.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``repetition_penalty`` covers prompt and
-    output, ``presence_penalty`` and ``frequency_penalty`` the output. ``seed`` None draws one and reports it.
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``repetition_penalty`` covers prompt
+    and output, ``presence_penalty`` and ``frequency_penalty`` the output. ``seed`` None draws one and reports it.
     ``logprobs`` asks for that many alternatives per token (0: only the token's own), from the raw distribution.
     """
 
@@ -71,8 +72,8 @@ class SamplingParams:
 class Draft:
     """A tree of proposed tokens below the last committed token (which is not in it); a chain is a tree of one branch.
 
-    ``parents[i] < i``, and -1 stands for the last committed token. ``scores[i]`` is the estimated probability that node i
-    is accepted (a path product, so never above its parent's). ``stages[i]`` names the level that proposed it.
+    ``parents[i] < i``, and -1 stands for the last committed token. ``scores[i]`` is the estimated probability that node
+    i is accepted (a path product, so never above its parent's). ``stages[i]`` names the level that proposed it.
     Siblings that carry the same token are merged on construction. ``q_rows [n, V]`` is for the ratio rule alone.
     """
 
@@ -169,11 +170,11 @@ class TokenLogprob:
 class Verdict:
     """What the verifier made of one draft.
 
-    ``path`` are the accepted nodes from the root down, ``tokens`` their tokens, and ``next_token`` the target's own draw
-    after them: ``emitted`` is all of these, never empty. ``y [n + 1]`` is the target's token after the last committed
-    token (row 0) and after each node, rejected ones too. ``draft`` is what was verified, after any cut: ``path``, ``y`` and
-    ``top`` count its nodes. ``top`` is ``(ids, scores)``, each ``[n + 1, k]``. ``taps`` has,
-    for each asked tap, one row ``[H]`` per newly cached token, in order. ``finish`` is set by trimming.
+    ``path`` are the accepted nodes from the root down, ``tokens`` their tokens, and ``next_token`` the target's own
+    draw after them: ``emitted`` is all of these, never empty. ``y [n + 1]`` is the target's token after the last
+    committed token (row 0) and after each node, rejected ones too. ``draft`` is what was verified, after any cut:
+    ``path``, ``y`` and ``top`` count its nodes. ``top`` is ``(ids, scores)``, each ``[n + 1, k]``. ``taps`` has, for
+    each asked tap, one row ``[H]`` per newly cached token, in order. ``finish`` is set by trimming.
     """
 
     path: tuple[int, ...]
@@ -210,7 +211,8 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one step adds to a stream. ``text`` may lag behind ``tokens`` while a character or stop string is incomplete."""
+    """What one step adds to a stream. ``text`` may lag behind ``tokens`` while a character or stop string is
+    incomplete."""
 
     tokens: tuple[int, ...]
     stages: tuple[str, ...]
@@ -230,8 +232,8 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a draft may cost. ``price(k)`` is what the k-th extra row costs, in accepted tokens: add a node iff its score
-    exceeds it. 0 nodes ask for an empty draft."""
+    """What a draft may cost. ``price(k)`` is what the k-th extra row costs, in accepted tokens: add a node iff its
+    score exceeds it. 0 nodes ask for an empty draft."""
 
     max_nodes: int
     max_depth: int
@@ -244,11 +246,13 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Ragged rows for one forward of ``b`` sequences, without padding: sequence s owns rows ``seq_starts[s]:seq_starts[s+1]``.
+    """Ragged rows for one forward of ``b`` sequences, without padding: sequence s owns rows
+    ``seq_starts[s]:seq_starts[s+1]``.
 
-    Within a sequence rows are numbered from 0; row i's token is ``tokens``, its parent row ``parents`` (-1: the last cached
-    token), and it is written to cache slot ``cached[s] + i``. A row attends slots ``0..cached[s]-1``, its ancestor rows, and
-    itself, in that order, which is depth order. ``num_logits[s]`` trailing rows of each sequence get logits.
+    Within a sequence rows are numbered from 0; row i's token is ``tokens``, its parent row ``parents`` (-1: the last
+    cached token), and it is written to cache slot ``cached[s] + i``. A row attends slots ``0..cached[s]-1``, its
+    ancestor rows, and itself, in that order, which is depth order. ``num_logits[s]`` trailing rows of each sequence get
+    logits.
     """
 
     tokens: tuple[int, ...]
@@ -269,7 +273,11 @@ class Batch:
         parents = tuple(parent for _, sequence in rows for parent in sequence)
         lengths = [len(sequence) for sequence, _ in rows]
         return cls(
-            tokens, parents, tuple(cached), (0, *accumulate(lengths)), tuple(lengths if num_logits is None else num_logits)
+            tokens,
+            parents,
+            tuple(cached),
+            (0, *accumulate(lengths)),
+            tuple(lengths if num_logits is None else num_logits),
         )
 
     @classmethod
@@ -279,7 +287,8 @@ class Batch:
         return cls.of(rows, [cached], None if num_logits is None else [num_logits])
 
     def ancestors(self) -> tuple[tuple[int, ...], ...]:
-        """Per row, the rows (numbered within the sequence) it attends besides the cached prefix: root first, itself last."""
+        """Per row, the rows (numbered within the sequence) it attends besides the cached prefix: root first, itself
+        last."""
         result: list[tuple[int, ...]] = []
         for start, end in zip(self.seq_starts, self.seq_starts[1:], strict=False):
             for i in range(start, end):

@@ -1,4 +1,5 @@
-"""Loads the helper modules beside this file, so that tests can import them by name under ``--import-mode=importlib``."""
+"""Loads the helper modules beside this file, so that tests can import them by name under
+``--import-mode=importlib``."""
 
 from __future__ import annotations
 

@@ -33,9 +33,9 @@ class TargetParts:
 class View:
     """One session as a drafter sees it at one step.
 
-    ``remaining`` is how many more tokens the user may get; a node deeper than ``remaining - 1`` cannot count. ``state`` is
-    the warp state after ``tokens``, ``vocab_size`` the target's. Under the ratio rule drafters see no noise: ``stream`` is
-    None, and ``draft_stream`` is for their own draws.
+    ``remaining`` is how many more tokens the user may get; a node deeper than ``remaining - 1`` cannot count. ``state``
+    is the warp state after ``tokens``, ``vocab_size`` the target's. Under the ratio rule drafters see no noise:
+    ``stream`` is None, and ``draft_stream`` is for their own draws.
     """
 
     tokens: tuple[int, ...]
@@ -53,9 +53,10 @@ class View:
     ) -> Tensor:
         """Log of the estimated probability that each token is the target's draw: warp, then keyed noise.
 
-        ``logits [m, W]`` are the drafter's rows, ``paths[i]`` the draft tokens that lead from the last committed token to
-        row i, ``ids [W]`` maps a trimmed draft vocabulary to target ids (None: the same). Returns log scores ``[m, W]``:
-        ``log_softmax((log q - log E) / tau)`` at temperature > 0 with a stream, ``log_softmax`` of the warped row else.
+        ``logits [m, W]`` are the drafter's rows, ``paths[i]`` the draft tokens that lead from the last committed token
+        to row i, ``ids [W]`` maps a trimmed draft vocabulary to target ids (None: the same). Returns log scores ``[m,
+        W]``: ``log_softmax((log q - log E) / tau)`` at temperature > 0 with a stream, ``log_softmax`` of the warped row
+        else.
         """
         rows = logits
         if ids is not None:

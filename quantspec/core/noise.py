@@ -42,9 +42,7 @@ class Stream:
         """``log E(t, v)`` for all v, fp32 ``[vocab_size]``, read-only and cached. ``vocab_size`` changes no entry."""
         return _noise_row(self.key, t, vocab_size)
 
-    def noise_at(
-        self, positions: Sequence[int], row: NDArray[np.int64], ids: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+    def noise_at(self, positions: Sequence[int], row: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """``log E(positions[row[j]], ids[j])`` for all j: the same bits as ``noise`` has there."""
         seeds = np.array([_seed(self.key, t) for t in positions], dtype=np.uint64)
         return _log_exponential(_uniform(seeds[row] + (ids + 1).view(np.uint64) * np.uint64(_WEYL)))
@@ -79,7 +77,8 @@ def _noise_row(key: int, t: int, size: int) -> NDArray[np.float32]:
 
 
 def _uniform(z: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """``u = (k + 1/2) 2^-32``, at most 1 - 2^-24, with k the high half of SplitMix64's output at ``z``, which is lost."""
+    """``u = (k + 1/2) 2^-32``, at most 1 - 2^-24, with k the high half of SplitMix64's output at ``z``, which is
+    lost."""
     z ^= z >> np.uint64(30)
     z *= np.uint64(_MIX_1)
     z ^= z >> np.uint64(27)

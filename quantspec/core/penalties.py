@@ -39,8 +39,8 @@ class History:
 def penalize(row: Row, ids: NDArray[np.int64], counts: NDArray[np.float32], params: SamplingParams) -> None:
     """Lower logits ``[V]`` in place. Entry by entry, so that neither order nor grouping of the ids shows in the result.
 
-    Repetition (arXiv 1909.05858) divides a positive logit and multiplies a negative one, for all ids; presence and frequency
-    subtract, for ids with a count.
+    Repetition (arXiv 1909.05858) divides a positive logit and multiplies a negative one, for all ids; presence and
+    frequency subtract, for ids with a count.
     """
     values = row[ids]
     if params.repetition_penalty != 1:

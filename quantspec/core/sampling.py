@@ -1,8 +1,8 @@
 """The warp chain (everything between a model's logits and the distribution that is drawn from) and the draw itself.
 
 A ``WarpChain`` is fixed for a sequence; a ``WarpState`` belongs to a *path* of tokens and is never changed in place, so
-every node of a tree has its own. A row's result does not depend on the other rows. The work is done by numpy on the host,
-where one call costs about a microsecond.
+every node of a tree has its own. A row's result does not depend on the other rows. The work is done by numpy on the
+host, where one call costs about a microsecond.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _SETTLE_AFTER = 32
 
 @dataclass(frozen=True, slots=True)
 class WarpState:
-    """What the chain must know of one path: the length of its output, and for penalties its tokens: a shared ``history`` up
-    to some point, and those that came after it."""
+    """What the chain must know of one path: the length of its output, and for penalties its tokens: a shared
+    ``history`` up to some point, and those that came after it."""
 
     generated: int = 0
     history: History | None = None
@@ -84,7 +84,8 @@ class WarpChain:
         return WarpState(len(output), History(self._prompt, output) if self._penalizes else None)
 
     def settle(self, state: WarpState, output: Sequence[int]) -> WarpState:
-        """The same state, put together anew when its recent tokens have become many; ``output`` are all of the path's."""
+        """The same state, put together anew when its recent tokens have become many; ``output`` are all of the
+        path's."""
         return self.at(output) if len(state.recent) > _SETTLE_AFTER else state
 
     def apply(self, state: WarpState, row: Tensor) -> Tensor:
@@ -102,8 +103,8 @@ class WarpChain:
         return torch.from_numpy(rows).to(logits.device)
 
     def draw(self, warped: Tensor, positions: Sequence[int], stream: Stream) -> list[int]:
-        """The tokens of warped rows ``[m, V]`` at the absolute positions ``[m]``: the argmax, lowest id first, of the row at
-        temperature 0, else of the row minus ``log E``."""
+        """The tokens of warped rows ``[m, V]`` at the absolute positions ``[m]``: the argmax, lowest id first, of the
+        row at temperature 0, else of the row minus ``log E``."""
         return self._draw(_host(warped), positions, stream)
 
     def sample(

@@ -1,7 +1,7 @@
 """One sequence under one verifier: its committed tokens, the model's cache of them, and the state of its warp chain.
 
-One rule replaces all special cases: every forward feeds ``tokens[cached:] ++ draft``. A prompt is a long lag with an empty
-draft; a cascade's intermediate lags two after full acceptance; a drafter that was off lags by what it missed.
+One rule replaces all special cases: every forward feeds ``tokens[cached:] ++ draft``. A prompt is a long lag with an
+empty draft; a cascade's intermediate lags two after full acceptance; a drafter that was off lags by what it missed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Session:
     """``Verifier.open`` makes one. Before a step ``0 <= cached <= len(tokens) - 1``: the last token is always fed.
 
-    ``final`` tokens are confirmed by the outermost target and never taken back. ``ratio`` hides the noise from drafters.
-    ``finish`` is None while the sequence goes on, else ``"stop"``, ``"length"`` or the trimmer's own reason.
+    ``final`` tokens are confirmed by the outermost target and never taken back. ``ratio`` hides the noise from
+    drafters. ``finish`` is None while the sequence goes on, else ``"stop"``, ``"length"`` or the trimmer's own reason.
     """
 
     tokens: list[int]
@@ -79,7 +79,8 @@ class Session:
         )
 
     def commit(self, verdict: Verdict) -> None:
-        """Take over what a verdict on this session emitted: the path's rows into the cache, its tokens, the warp state."""
+        """Take over what a verdict on this session emitted: the path's rows into the cache, its tokens, the warp
+        state."""
         assert self.finish is None, "the sequence is over"
         lag = self.lag
         self.cache.commit([*range(lag), *(lag + node for node in verdict.path)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from dataclasses import replace
 from typing import Any
 
 from quantspec.core.drafter import Drafter
@@ -58,7 +57,8 @@ def _propose(
     budgets: Sequence[Budget],
     notice: Callable[[str], None],
 ) -> list[Draft]:
-    """The drafts, cut to what may be verified: the budget's nodes, and no node past the last token that may be drawn."""
+    """The drafts, cut to what may be verified: the budget's nodes, and no node past the last token that may be
+    drawn."""
     try:
         drafts = drafter.propose(states, [session.view() for session in sessions], budgets)
         assert len(drafts) == len(sessions), f"{len(drafts)} drafts for {len(sessions)} sequences"

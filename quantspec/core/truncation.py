@@ -1,7 +1,8 @@
 """Top-k, top-p and min-p on rows of log scores, sparse: what is kept of a large vocabulary is a handful of tokens.
 
-All three keep a prefix of the row in descending order, ties by id. The prefix is found without a full sort where the mass
-of the largest entries settles it; the sums behind that decision are the same for either way and for any number of rows.
+All three keep a prefix of the row in descending order, ties by id. The prefix is found without a full sort where the
+mass of the largest entries settles it; the sums behind that decision are the same for either way and for any number of
+rows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _PREFIXES = (128, 1024)  # sorted prefixes that are tried before the whole row
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Entries that survive, row by row and then by id: ``values[j]`` stands at ``[row[j], ids[j]]``. No row is empty."""
+    """Entries that survive, row by row and then by id: ``values[j]`` stands at ``[row[j], ids[j]]``. No row is
+    empty."""
 
     row: Ids
     ids: Ids
@@ -42,8 +44,8 @@ class Kept:
 def truncate(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Kept:
     """What top-k (0 is off), then top-p, then min-p keep of log scores ``[m, V]``.
 
-    Top-p keeps the fewest tokens whose mass is at least ``top_p`` of what top-k left; min-p those with at least ``min_p``
-    times the probability of the best.
+    Top-p keeps the fewest tokens whose mass is at least ``top_p`` of what top-k left; min-p those with at least
+    ``min_p`` times the probability of the best.
 
     Raises:
         ModelError: a row has no finite maximum.
@@ -75,7 +77,8 @@ def _largest(rows: Rows, k: int) -> Rows:
 
 
 def _prefix_length(top: Rows, total: Rows | None, top_p: float, min_p: float) -> Ids:
-    """How many of the descending entries ``[m, k]`` stay; ``total`` is the mass of the whole row (None: that of ``top``)."""
+    """How many of the descending entries ``[m, k]`` stay; ``total`` is the mass of the whole row (None: that of
+    ``top``)."""
     mass = np.exp(top - top[:, :1])
     kept = np.full(len(top), top.shape[1])
     if top_p < 1:

@@ -1,4 +1,5 @@
-"""The verifier: one forward of the target over ``tokens[cached:] ++ draft`` of every session, then the target's own tokens."""
+"""The verifier: one forward of the target over ``tokens[cached:] ++ draft`` of every session, then the target's own
+tokens."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ NO_NEEDS = Needs()
 class Verifier:
     """Owns a model's sessions and says what of a draft stands.
 
-    ``stage`` names this level in ``Verdict.stages``. ``rule`` is ``"exact"``, or ``"ratio"`` for speculative sampling of
-    chains. Lags of more than ``prefill_chunk`` rows are fed in chunks.
+    ``stage`` names this level in ``Verdict.stages``. ``rule`` is ``"exact"``, or ``"ratio"`` for speculative sampling
+    of chains. Lags of more than ``prefill_chunk`` rows are fed in chunks.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class Verifier:
         """A session for ``prompt`` with room for ``max_new_tokens`` and drafts of ``max_nodes``.
 
         Raises:
-            UsageError: the prompt is empty, does not fit the model's context together with the output, or the parameters
+            UsageError: the prompt is empty, does not fit the model's context together with the output, or the
+            parameters
                 name a token that the model does not have.
         """
         limit = self.model.max_positions
@@ -173,8 +175,8 @@ def _along_the_tree(session: Session, draft: Draft) -> tuple[list[WarpState], li
 def _judge_by_ratio(
     session: Session, draft: Draft, warped: Tensor, positions: Sequence[int]
 ) -> tuple[list[int], tuple[int, ...]]:
-    """y and path under the ratio rule. Its coins and residual draws have key domains of their own, for the drafter's own
-    draws (a third domain) must not be correlated with them."""
+    """y and path under the ratio rule. Its coins and residual draws have key domains of their own, for the drafter's
+    own draws (a third domain) must not be correlated with them."""
     chain, stream = session.chain, session.stream
     y = chain.draw(warped, positions, stream)
     p = torch.softmax(warped.double(), dim=-1)
@@ -200,9 +202,7 @@ def _new_rows(
         yield tap, torch.cat([*(part[tap] for part in early), last]) if early else last
 
 
-def _logprobs(
-    chain: WarpChain, logits: Tensor, rows: Sequence[int], tokens: Sequence[int]
-) -> tuple[TokenLogprob, ...]:
+def _logprobs(chain: WarpChain, logits: Tensor, rows: Sequence[int], tokens: Sequence[int]) -> tuple[TokenLogprob, ...]:
     """Of the raw distribution, for the emitted tokens; nothing unless the parameters ask."""
     count = chain.params.logprobs
     if count is None:

@@ -52,7 +52,7 @@ def test_text_does_not_depend_on_the_draft(block: int) -> None:
         model, params, prompt, stop_ids = random_case(seed)
         pick = random.Random(seed)
         plain = generate(model, params, prompt, stop_ids=stop_ids)
-        for knows in (0.0, 0.7, 1.0):
+        for knows in (0.0, 0.7):
             model.chains_only = pick.random() < 0.2
             drafter = RandomDrafter(model, seed, knows, Needs(taps=(1, "embed"), top_k=2) if knows else Needs())
             other = generate(
@@ -61,7 +61,7 @@ def test_text_does_not_depend_on_the_draft(block: int) -> None:
                 prompt,
                 drafter,
                 stop_ids=stop_ids,
-                budget=Budget(pick.choice((1, 12)), pick.choice((1, 8))),
+                budget=Budget(pick.choice((1, 10)), pick.choice((1, 8))),
                 prefill_chunk=pick.choice((1, 3, 512)),
             )
             assert other.tokens == plain.tokens, (seed, knows)
@@ -88,7 +88,9 @@ def test_batches_with_ragged_acceptance(temperature: float) -> None:
     model = TableModel(32, 4, bias={EOS: 1.0})
     prompts = [(1, 2, 3), (4,), tuple(range(5, 25)), (7, 7, 7, 7)]
     cases = [
-        SamplingParams(max_new_tokens=6 + 5 * i, temperature=temperature, top_p=0.9, seed=i, repetition_penalty=1 + i / 4)
+        SamplingParams(
+            max_new_tokens=6 + 5 * i, temperature=temperature, top_p=0.9, seed=i, repetition_penalty=1 + i / 4
+        )
         for i in range(len(prompts))
     ]
     stop_ids = frozenset({EOS})
