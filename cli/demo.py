@@ -61,7 +61,7 @@ class Row:
         )
 
 
-@click.command(short_help="Quantize the default target, generate with and without drafters, compare.")
+@click.command
 @click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Tokens per prompt.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Folder for the quantized target. Default: a cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -29,7 +29,7 @@ OPTIONAL = {
 }
 
 
-@click.command(short_help="Say what this machine can run, and why not the rest.")
+@click.command
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Report versions, the processor, kernel backends and optional packages: usable, or the reason why not."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from difflib import get_close_matches
 
 import click
 
@@ -58,6 +57,8 @@ def _usage(error: click.ClickException) -> tuple[str, str | None]:
 
 
 def _nearest(word: str, known: list[str], context: click.Context) -> str | None:
+    from difflib import get_close_matches
+
     near = get_close_matches(word, known, n=1)
     return f"did you mean {near[0]}?" if near else _see_help(context)
 

@@ -61,7 +61,7 @@ NOT_OPTIONS = ("n",)
 INTERNAL = ("max_batch", "prefill_chunk")
 
 
-@click.command(short_help="Generate text with a drafter, or without one.")
+@click.command
 @click.argument("prompt", required=False)
 @click.option("--prompt-file", "-f", type=click.Path(path_type=Path), help="Read the prompt from a file.")
 @click.option("--num-samples", type=int, default=SamplingParams().n, show_default=True, help="Texts to generate.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -19,22 +18,30 @@ from quantspec.cli.failures import explain
 from quantspec.cli.invocation import Invocation
 from quantspec.cli.signals import terminable
 
+COMMANDS = {
+    "quantize": "Quantize a model's weights to 4 bits.",
+    "generate": "Generate text with a drafter, or without one.",
+    "train": "Train the default family, or a part of it.",
+    "demo": "Quantize the default target, generate with and without drafters, compare.",
+    "doctor": "Say what this machine can run, and why not the rest.",
+}
+"""Command ``name`` is the function ``name`` of ``quantspec.cli.name``."""
+
 
 class LazyGroup(click.Group):
-    """Subcommands named by ``module:attribute``, imported when they are asked for."""
-
-    def __init__(self, *args: object, lazy: dict[str, str], **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self._lazy = lazy
+    """Subcommands are imported when they are asked for; the list of them, with help texts, needs no import."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self._lazy)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self._lazy:
+        if cmd_name not in COMMANDS:
             return None
-        module, attribute = self._lazy[cmd_name].split(":")
-        return with_debug(getattr(import_module(module), attribute))
+        return with_debug(getattr(import_module(f"quantspec.cli.{cmd_name}"), cmd_name))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 def debug_option() -> click.Option:
@@ -43,12 +50,7 @@ def debug_option() -> click.Option:
             ctx.find_object(Invocation).debug = True  # type: ignore[union-attr]
 
     return click.Option(
-        ["--debug"],
-        is_flag=True,
-        expose_value=False,
-        is_eager=True,
-        callback=switch_on,
-        help="Show tracebacks.",
+        ["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=switch_on, help="Show tracebacks."
     )
 
 
@@ -65,13 +67,6 @@ def with_debug(command: click.Command) -> click.Command:
 cli = LazyGroup(
     "quantspec",
     help="Quantize a language model to 4 bits, then generate fast by speculation.",
-    lazy={
-        "quantize": "quantspec.cli.quantize:quantize",
-        "generate": "quantspec.cli.generate:generate",
-        "train": "quantspec.cli.train:train",
-        "demo": "quantspec.cli.demo:demo",
-        "doctor": "quantspec.cli.doctor:doctor",
-    },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     params=[debug_option()],
     no_args_is_help=True,
@@ -95,6 +90,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     except BaseException as error:
         if invocation.debug:
+            import traceback
+
             traceback.print_exc()
         code, line = explain(error)
         click.echo(line, err=True)

@@ -116,7 +116,10 @@ def _default(field: Field[Any]) -> Any:
 
 def _field_docs(config: type) -> dict[str, str]:
     """The strings below the fields of a dataclass, read from its source: Python itself keeps none of them."""
-    source = inspect.getsource(sys.modules[config.__module__])
+    try:
+        source = inspect.getsource(sys.modules[config.__module__])
+    except OSError:  # installed without sources
+        return {}
     classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     body = next(node.body for node in classes if node.name == config.__name__)
     return {

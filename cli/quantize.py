@@ -36,7 +36,7 @@ FLAGS = {
 DENSE_DEFAULT = "default/target"
 
 
-@click.command(short_help="Quantize a model's weights to 4 bits.")
+@click.command
 @click.argument("model")
 @options_from(QuantizeConfig, FLAGS, skip=("model",))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")

@@ -95,7 +95,7 @@ def _options(config: type, *skip: str) -> Any:
     return options_from(config, shared | OWN[config], skip)
 
 
-@click.group(short_help="Train the default family, or a part of it.")
+@click.group
 def train() -> None:
     """Train tokenizers, language models and drafters.
 
