@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -35,6 +35,10 @@ class EagleHead(nn.Module):
         self.fc = nn.Linear(2 * shape.hidden, shape.hidden, bias=True)
         self.layers = nn.ModuleList([Layer(shape, input_norm=False)])
 
+    @property
+    def layer(self) -> Layer:
+        return cast(Layer, self.layers[0])
+
     def init_weights(self, seed: int) -> EagleHead:
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -54,7 +58,7 @@ class EagleHead(nn.Module):
         `embedded` [B, S, hidden] of t_{i+1}, `features` [B, S, hidden] = f_i. Slots i < j of step j have no such past
         and carry no meaning.
         """
-        (layer,) = self.layers
+        layer = self.layer
         cos, sin = rope_table(self.shape, torch.arange(embedded.shape[1], device=embedded.device))
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []

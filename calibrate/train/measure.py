@@ -25,57 +25,79 @@ class TreeDrafter:
     """EAGLE-2's dynamic tree over one text: the keys of all true-feature slots are computed once."""
 
     def __init__(self, head: EagleHead, base: LlamaNet, ids: torch.Tensor, features: torch.Tensor) -> None:
-        self.head, self.base, (self.layer,) = head, base, head.layers
+        self.head, self.base, layer = head, base, head.layer
         x = head.mix_in(base.model.embed_tokens(ids[1:]), features[:-1])[None]
-        q, k, v = self.layer.self_attn.qkv(x, *rope_table(head.shape, torch.arange(x.shape[1])))
-        x = x + self.layer.self_attn.mix(q, k, v, None)
-        self.predicted = (x + self.layer.mlp(self.layer.post_attention_layernorm(x)))[0]
+        q, k, v = layer.self_attn.qkv(x, *rope_table(head.shape, torch.arange(x.shape[1])))
+        x = x + layer.self_attn.mix(q, k, v, None)
+        self.predicted = (x + layer.mlp(layer.post_attention_layernorm(x)))[0]
         self.keys, self.values = k[0], v[0]
 
     def draft(self, last: int, nodes: int, depth: int, top_k: int) -> tuple[list[int], list[int]]:
         """Tokens and parents (-1: the root) of the best tree under the committed token at index `last`."""
-        tokens, parents, scores, ancestors = [], [], [], []
-        slots = last  # true-feature slots 0 .. last - 1; the root's prediction stands in slot last - 1
-        frontier, hidden = [-1], self.predicted[slots - 1][None]
-        own_k = own_v = self.keys[:, :0]
-        rows: list[list[int]] = [[]]
+        grown = _Grown(self.keys[:, :last], self.values[:, :last])
+        frontier, hidden = [-1], self.predicted[last - 1][None]
         for level in range(depth):
-            log_q = self.base.head(hidden).log_softmax(-1)
-            values, ids = log_q.topk(top_k)
-            children = []
-            for f, parent in enumerate(frontier):
-                for score, token in zip(values[f].tolist(), ids[f].tolist(), strict=True):
-                    tokens.append(token)
-                    parents.append(parent)
-                    scores.append(score + (scores[parent] if parent >= 0 else 0.0))
-                    ancestors.append(rows[f])
-                    children.append((scores[-1], len(tokens) - 1, f))
+            best = grown.add(frontier, self.base.head(hidden).log_softmax(-1).topk(top_k))
             if level == depth - 1:
                 break
-            best = sorted(children, reverse=True)[:top_k]
-            frontier = [node for _, node, _ in best]
-            x = self.head.mix_in(
-                self.base.model.embed_tokens(torch.tensor([tokens[n] for n in frontier])),
-                hidden[[f for _, _, f in best]],
-            )[None]
-            positions = torch.full((1, len(frontier)), slots + level)
-            q, k, v = self.layer.self_attn.qkv(x, *(t[:, None] for t in rope_table(self.head.shape, positions)))
-            first = own_k.shape[1]
-            own_k, own_v = torch.cat([own_k, k[0]], 1), torch.cat([own_v, v[0]], 1)
-            rows = [[*ancestors[n], first + i] for i, n in enumerate(frontier)]
-            mask = torch.zeros(len(frontier), slots + own_k.shape[1], dtype=torch.bool)
-            mask[:, :slots] = True
-            for i, row in enumerate(rows):
-                mask[i, [slots + a for a in row]] = True
-            all_k, all_v = (
-                torch.cat([c[:, :slots], o], 1)[None] for c, o in ((self.keys, own_k), (self.values, own_v))
-            )
-            x = x + self.layer.self_attn.mix(q, all_k, all_v, mask)
-            hidden = (x + self.layer.mlp(self.layer.post_attention_layernorm(x)))[0]
-        # Path products never grow with depth and earlier indices win ties, so the best nodes form a tree.
-        chosen = sorted(sorted(range(len(tokens)), key=lambda n: (-scores[n], n))[:nodes])
-        place = {n: i for i, n in enumerate(chosen)} | {-1: -1}
-        return [tokens[n] for n in chosen], [place[parents[n]] for n in chosen]
+            parents = [frontier.index(grown.parents[node]) for node in best]
+            hidden = self._expand(grown, best, hidden[parents], last + level)
+            frontier = best
+        return grown.best(nodes)
+
+    def _expand(self, grown: _Grown, nodes: list[int], features: torch.Tensor, position: int) -> torch.Tensor:
+        """Predicted features [m, hidden] of tree nodes, from their parents' [m, hidden]."""
+        layer = self.head.layer
+        embedded = self.base.model.embed_tokens(torch.tensor([grown.tokens[node] for node in nodes]))
+        x = self.head.mix_in(embedded, features)[None]
+        positions = torch.full((1, len(nodes)), position)
+        q, k, v = layer.self_attn.qkv(x, *(t[:, None] for t in rope_table(self.head.shape, positions)))
+        mask = grown.cache(nodes, k[0], v[0])
+        x = x + layer.self_attn.mix(q, grown.keys[None], grown.values[None], mask)
+        return (x + layer.mlp(layer.post_attention_layernorm(x)))[0]
+
+
+class _Grown:
+    """All nodes of a growing tree, with the keys and values of those that were expanded."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys, self.values, self.prefix = keys, values, keys.shape[1]
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.scores: list[float] = []
+        self.columns: dict[int, list[int]] = {-1: []}
+        """Of each expanded node: its own and its ancestors' places among the keys."""
+
+    def add(self, frontier: list[int], top: tuple[torch.Tensor, torch.Tensor]) -> list[int]:
+        """Children of the frontier from its log-probabilities and ids [m, k]; returns the k best of them."""
+        first = len(self.tokens)
+        for parent, scores, ids in zip(frontier, top[0].tolist(), top[1].tolist(), strict=True):
+            self.tokens += ids
+            self.parents += [parent] * len(ids)
+            self.scores += [score + (self.scores[parent] if parent >= 0 else 0.0) for score in scores]
+        children = range(first, len(self.tokens))
+        return sorted(children, key=lambda node: -self.scores[node])[: top[0].shape[1]]
+
+    def cache(self, nodes: list[int], keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Append keys and values [kv_heads, m, d] of `nodes`; returns which keys each may see, [m, all]."""
+        start = self.keys.shape[1]
+        self.keys, self.values = torch.cat([self.keys, keys], 1), torch.cat([self.values, values], 1)
+        mask = torch.zeros(len(nodes), self.keys.shape[1], dtype=torch.bool)
+        mask[:, : self.prefix] = True
+        for i, node in enumerate(nodes):
+            self.columns[node] = [*self.columns[self.parents[node]], start + i]
+            mask[i, self.columns[node]] = True
+        return mask
+
+    def best(self, count: int) -> tuple[list[int], list[int]]:
+        """Tokens and parents of the `count` best nodes.
+
+        Path products never grow with depth and earlier nodes win ties, so these form a tree.
+        """
+        order = sorted(range(len(self.tokens)), key=lambda node: (-self.scores[node], node))
+        chosen = sorted(order[:count])
+        place = {-1: -1} | {node: i for i, node in enumerate(chosen)}
+        return [self.tokens[node] for node in chosen], [place[self.parents[node]] for node in chosen]
 
 
 def accepted(tokens: list[int], parents: list[int], truth: list[int]) -> int:

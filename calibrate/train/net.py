@@ -5,6 +5,8 @@ The decoder that generates is another one (quantspec.models): ragged and row-exa
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -154,7 +156,8 @@ class LlamaNet(nn.Module):
         mask = (torch.arange(span, device=ids.device) <= positions[:, None])[:, None, None]
         cos, sin = (t[:, None, None] for t in rope_table(self.shape, positions))
         x = self.model.embed_tokens(ids)[:, None]
-        for layer, (keys, values) in zip(self.model.layers, cache, strict=True):
+        for module, (keys, values) in zip(self.model.layers, cache, strict=True):
+            layer = cast(Layer, module)
             q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
             keys[rows, :, positions], values[rows, :, positions] = k[:, :, 0], v[:, :, 0]
             # Query heads of one key head go in the place of time: nothing is copied per head.

@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
                 updates = []
                 for p in params:
                     buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - group["momentum"])  # type: ignore[arg-type]
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(buffer, group["momentum"]))  # type: ignore[union-attr]
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 for p, update in zip(params, _orthogonalize_shared(torch.stack(updates)), strict=True):

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 Recipe = Callable[[Any], dict[str, Any]]
 
@@ -23,7 +24,7 @@ Recipe = Callable[[Any], dict[str, Any]]
 def launch(recipe: Recipe, config: Any) -> dict[str, Any]:
     """Run `recipe(config)` in `config.run.processes` processes; the result is the first one's."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_entry, (recipe, config, folder), nprocs=config.run.processes)  # type: ignore[no-untyped-call]
+        spawn(_entry, (recipe, config, folder), nprocs=config.run.processes)
         result: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
         return result
 
