@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Native
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -12,6 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from quantspec.errors import ModelError, UsageError
 from quantspec.models.tokenizer import Tokenizer
 
+# A busy machine is no failure: hypothesis' own time limits are off.
+untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TEXTS = ["", "Hello, world!", "  two  spaces\n\n\ttab", "naïve café — 日本語 🙂👩‍👩‍👧", "x<|end|>y", "\r\n\0"]
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
@@ -98,14 +100,14 @@ def test_bos_comes_from_the_post_processor_or_else_from_the_setting(tmp_path, na
         single="<|start|> $A", special_tokens=[("<|start|>", start)]
     )
     plain = native.encode("hello").ids
-    for name, model, settings, expected in (
+    for name, model, extra, expected in (
         ("template", template, {}, [start, *plain]),
         ("both", template, {"add_bos_token": True}, [start, *plain]),
         ("off", template, {"add_bos_token": False}, [start, *plain]),
         ("setting", native, {"add_bos_token": True}, [start, *plain]),
         ("none", native, {"add_bos_token": False}, plain),
     ):
-        tokenizer = Tokenizer(folder_of(tmp_path / name, model, **settings))
+        tokenizer = Tokenizer(folder_of(tmp_path / name, model, **extra))
         assert tokenizer.encode("hello") == expected, name
         assert tokenizer.encode("hello", add_special=False) == plain, name
 
@@ -130,6 +132,7 @@ def test_eos_ids_are_united_generation_config_first(tmp_path, native):
         Tokenizer(folder)
 
 
+@untimed
 @given(st.lists(st.integers(0, 299), max_size=30))
 def test_pieces_of_any_tokens_add_up(tokenizer, ids):
     # Random ids: special tokens, invalid and incomplete bytes, and characters split over tokens are all frequent.
@@ -139,6 +142,7 @@ def test_pieces_of_any_tokens_add_up(tokenizer, ids):
     assert stream.flush() == ""
 
 
+@untimed
 @given(st.text(max_size=20))
 def test_a_text_streams_whole_characters_only(tokenizer, text):
     stream = tokenizer.stream()
