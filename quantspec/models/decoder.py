@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantspec.kernels import reference
-from quantspec.kernels.reference import Linear, rms_norm, rotate, swiglu
-from quantspec.kernels.spans import MAX_TREE, ROWS, Span, is_chain, make_span, round_up
+from quantspec.kernels.invariance import attention_is_invariant, choose_tiling, elementwise_is_invariant
+from quantspec.kernels.reference import Linear, Tiling, rms_norm, rotate, swiglu
+from quantspec.kernels.spans import MAX_TREE, ROWS, Span, is_chain, make_spans
 from quantspec.models.base import Output
 from quantspec.models.cache import KVCache
 from quantspec.models.config import ModelConfig
@@ -36,46 +37,64 @@ class Layer:
 
 
 @dataclass(slots=True)
-class Rows:
-    """Where a forward's rows belong: per sequence its rows, cache, first slot, and span by sliding window."""
+class Part:
+    """One sequence in a forward: its rows of the batch, its cache, its first slot, and its spans by sliding window."""
 
-    cos: Tensor
-    sin: Tensor
-    sequences: list[tuple[slice, KVCache, int, dict[int | None, tuple[Attend, Span]]]]
+    rows: slice
+    cache: KVCache
+    cached: int
+    attend: Attend
+    spans: dict[int | None, tuple[Span, ...]]
 
 
 class Decoder:
     """A causal language model (see ``models.base.CausalModel``) for the architectures of ``config.NATIVE``.
 
-    ``embed``, ``final_norm`` and ``head`` are there for drafters. In exact mode rows are bit-identical at any width,
-    tree, chunking and batch.
+    ``embed``, ``final_norm`` and ``head`` are there for drafters. With ``exact`` rows are bit-identical at any width,
+    tree, chunking and batch; ``row_invariant`` says whether this machine's torch bore that out.
     """
 
     def __init__(
         self, config: ModelConfig, embedding: Tensor, layers: list[Layer], norm: Tensor, head: Linear, *,
-        weight_bytes: int, exact: bool, attend: Attend = reference.attend,
+        weight_bytes: int, exact: bool,
     ) -> None:  # fmt: skip
         self.config, self.layers, self.weight_bytes = config, layers, weight_bytes
-        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
-        self.max_positions, self.row_invariant = config.max_positions, exact
-        self.embedding, self.norm, self._head = embedding, norm, head
-        self.device = embedding.device
+        self.vocab_size, self.hidden_size, self.max_positions = config.vocab_size, config.hidden_size, config.max_positions
+        self.embedding, self.norm, self._head, self.device = embedding, norm, head, embedding.device
         self._rope = RopeTable(config.rope, config.head_dim, self.device, embedding.dtype)
-        self._attend = attend if exact else reference.attend_fast
-        self._windows = set(config.windows)
-        self._row_multiple = ROWS if exact else 1
+        # Queries are scaled as they are rotated; values are "rotated" by cos 1 and sin 0, so that one operation does all.
+        sizes = torch.tensor([config.num_heads, config.num_kv_heads, config.num_kv_heads])
+        per_head = torch.tensor([[config.head_dim**-0.5, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat_interleave(sizes, 0)
+        self._turn, self._keep = per_head.to(self.device)[:, :, None].unbind(1)
+        self._row_multiple, self.row_invariant = (ROWS, self._is_invariant()) if exact else (1, False)
+        self._attend = self._exact_attention() if exact else reference.attend_fast
+
+    def _is_invariant(self) -> bool:
+        """Choose for each linear layer how exact matmuls take their rows, and check the elementwise operations."""
+        tilings: dict[torch.Size, Tiling] = {}
+        for linear in [*(each for layer in self.layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)), self._head]:
+            shape = linear.weight.shape
+            if shape not in tilings:
+                tilings[shape] = choose_tiling(linear)
+            linear.tiling = tilings[shape]
+        return elementwise_is_invariant(self.hidden_size, self.config.intermediate_size, self.embedding)
+
+    def _exact_attention(self) -> Attend:
+        config = self.config
+        together = attention_is_invariant(config.num_heads, config.num_kv_heads, config.head_dim, self.embedding)
+        return reference.attend if together else reference.attend_singly
 
     def new_cache(self, max_length: int, max_nodes: int) -> KVCache:
-        config = self.config
-        return KVCache(
-            config.num_layers, config.num_kv_heads, config.head_dim, max_length, max_nodes, self.device, self.embedding.dtype
-        )
+        """See ``CausalModel``."""
+        config, dtype = self.config, self.embedding.dtype
+        return KVCache(config.num_layers, config.num_kv_heads, config.head_dim, max_length, max_nodes, self.device, dtype)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """``[n, H]``."""
         return self.embedding[torch.tensor(tokens, device=self.device)]
 
     def final_norm(self, x: Tensor) -> Tensor:
+        """``[n, H]`` to ``[n, H]``: the head's input, and the "norm" tap."""
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def head(self, x: Tensor) -> Tensor:
@@ -86,58 +105,60 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: Sequence[KVCache], taps: Sequence[Tap] = ()) -> Output:
         """See ``CausalModel``. In exact mode pad rows, which belong to no sequence, fill up the last tile."""
-        n = len(batch.tokens)
-        rows = self._rows(batch, caches)
+        n, parts = len(batch.tokens), self._parts(batch, caches)
+        cos, sin = self._rotation(batch.positions())
         x = self._pad(self.embed(batch.tokens))
-        tapped = {"embed": x[:n]} if "embed" in taps else {}
+        tapped: dict[Tap, Tensor] = {"embed": x[:n]} if "embed" in taps else {}
         for i, layer in enumerate(self.layers):
-            x = self._layer(i, layer, x, rows)
+            x = self._layer(i, layer, x, cos, sin, parts)
             if i in taps:
                 tapped[i] = x[:n]
         if "norm" in taps:
             tapped["norm"] = self.final_norm(x)[:n]
-        asked = [
-            row for end, count in zip(batch.seq_starts[1:], batch.num_logits, strict=True) for row in range(end - count, end)
-        ]
-        x = x[:n] if len(asked) == n else x[asked]
-        logits = self.head(self.final_norm(x)) if asked else x.new_empty(0, self.vocab_size, dtype=torch.float32)
-        return Output(logits, tapped)
+        ends = zip(batch.seq_starts[1:], batch.num_logits, strict=True)
+        asked = [row for end, count in ends for row in range(end - count, end)]
+        if not asked:
+            return Output(x.new_empty(0, self.vocab_size, dtype=torch.float32), tapped)
+        return Output(self.head(self.final_norm(x[:n] if len(asked) == n else x[asked])), tapped)
 
     def _pad(self, x: Tensor) -> Tensor:
-        missing = -x.shape[0] % self._row_multiple
-        return F.pad(x, (0, 0, 0, missing)) if missing else x.clone()
+        """Rows that fill up the last tile, in memory of their own (exact matmuls want it aligned)."""
+        return F.pad(x, (0, 0, 0, -x.shape[0] % self._row_multiple))
 
-    def _rows(self, batch: Batch, caches: Sequence[KVCache]) -> Rows:
-        positions = batch.positions()
+    def _rotation(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[n, heads + 2 kv_heads, head_dim]`` of every row, pad rows included."""
         self._rope.grow(max(positions) + 1)
-        missing = -len(positions) % self._row_multiple
-        index = torch.tensor(positions + (0,) * missing, device=self.device)
-        sequences = []
-        for s, cache in enumerate(caches):
-            start, end, cached = batch.seq_starts[s], batch.seq_starts[s + 1], batch.cached[s]
-            assert cached == cache.length and cached + end - start <= cache.capacity, "the cache does not fit the batch"
-            if end > start:
-                parents = batch.parents[start:end]
-                apart = self.row_invariant and len(parents) > MAX_TREE and not is_chain(parents)
-                attend = reference.attend_singly if apart else self._attend
-                spans = {window: (attend, make_span(cached, parents, window, self.device)) for window in self._windows}
-                sequences.append((slice(start, end), cache, cached, spans))
-        return Rows(self._rope.cos[index][:, None], self._rope.sin[index][:, None], sequences)
+        padded = [*positions, *(0 for _ in range(-len(positions) % self._row_multiple))]
+        index = torch.tensor(padded, device=self.device)
+        return (self._rope.cos[index][:, None] * self._turn).add_(self._keep), self._rope.sin[index][:, None] * self._turn
 
-    def _layer(self, i: int, layer: Layer, x: Tensor, rows: Rows) -> Tensor:
-        config = self.config
-        heads, kv_heads, eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
-        qkv = layer.qkv(rms_norm(x, layer.input_norm, eps)).view(x.shape[0], -1, config.head_dim)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    def _parts(self, batch: Batch, caches: Sequence[KVCache]) -> list[Part]:
+        parts, group = [], self.config.num_heads // self.config.num_kv_heads
+        for cache, start, end, cached in zip(caches, batch.seq_starts, batch.seq_starts[1:], batch.cached, strict=False):
+            assert cached == cache.length and cached + end - start <= cache.capacity, "the cache does not fit the batch"
+            if start == end:
+                continue
+            parents = batch.parents[start:end]
+            apart = self._row_multiple > 1 and len(parents) > MAX_TREE and not is_chain(parents)
+            attend = reference.attend_singly if apart else self._attend
+            spans = {window: make_spans(cached, parents, window, group, self.device) for window in set(self.config.windows)}
+            parts.append(Part(slice(start, end), cache, cached, attend, spans))
+        return parts
+
+    def _layer(self, i: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, parts: Sequence[Part]) -> Tensor:
+        heads, eps = self.config.num_heads, self.config.rms_norm_eps
+        qkv = layer.qkv(rms_norm(x, layer.input_norm, eps)).view(x.shape[0], -1, self.config.head_dim)
         if layer.qk_norm is not None:
-            qk = rms_norm(qk, layer.qk_norm, eps)
-        qk = rotate(qk, rows.cos, rows.sin)
-        mixed = x.new_zeros(x.shape[0], heads * config.head_dim)
-        for part, cache, cached, spans in rows.sequences:
-            end = cached + part.stop - part.start
-            cache.keys[i, :, cached:end] = qk[part, heads:].transpose(0, 1)
-            cache.values[i, :, cached:end] = v[part].transpose(0, 1)
-            attend, span = spans[config.windows[i]]
-            mixed[part] = attend(qk[part, :heads], cache.keys[i], cache.values[i], span)
+            qk = qkv[:, : layer.qk_norm.shape[0]]
+            qk.copy_(rms_norm(qk, layer.qk_norm, eps))
+        qkv = rotate(qkv, cos, sin)
+        mixed = x.new_zeros(x.shape[0], layer.o.weight.shape[0])
+        for part in parts:
+            rows, kv = qkv[part.rows], part.cache.kv[i]
+            kv[:, part.cached : part.cached + rows.shape[0]] = rows[:, heads:].transpose(0, 1)
+            keys, values = kv.chunk(2)
+            out = mixed[part.rows]
+            for span in part.spans[self.config.windows[i]]:
+                out[span.rows] = part.attend(rows[span.rows, :heads], keys, values, span)
         x = x + layer.o(mixed)
         return x + layer.down(swiglu(layer.gate_up(rms_norm(x, layer.post_norm, eps))))

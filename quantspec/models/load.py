@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantspec.errors import ModelError, UsageError
-from quantspec.kernels import reference
+from quantspec.kernels import dispatch
 from quantspec.kernels.reference import Linear
 from quantspec.models.atomic import verify_manifest
 from quantspec.models.base import CausalModel
@@ -31,18 +31,22 @@ def load_model(name: str | Path, *, device: str = "cpu", mode: str | None = None
     """
     if mode not in (None, "exact", "fast"):
         raise UsageError(f"mode must be exact or fast, not {mode!r}")
-    exact = mode == "exact" or (mode is None and torch.device(device).type == "cpu")
+    kind = torch.device(device).type
+    exact = mode == "exact" or (mode is None and kind == "cpu")
     folder = resolve(name)
     raw = read_config(folder)
     verify_manifest(folder)
     try:
         config = ModelConfig.of(raw, str(folder / "config.json"))
-    except UnsupportedModel as unsupported:
+    except UnsupportedModel:
         from quantspec.models.hf import HFModel
 
-        return HFModel.load(folder, device=device, reason=unsupported)
+        return HFModel.load(folder, device=device)
+    scheme = config.quantization.scheme if config.quantization else None
+    bits, group_size = (scheme.bits, scheme.group_size) if scheme else (16, -1)
+    backend = dispatch.choose(dispatch.Request(kind, "float32", bits, group_size, row_invariant=exact))
     with torch.no_grad():
-        return load_decoder(folder, config, torch.device(device), exact)
+        return load_decoder(folder, config, torch.device(device), backend.row_invariant)
 
 
 def load_decoder(folder: Path, config: ModelConfig, device: torch.device, exact: bool) -> Decoder:
