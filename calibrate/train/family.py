@@ -22,7 +22,7 @@ from quantspec.calibrate.train.config import (
     RolloutConfig,
 )
 from quantspec.errors import UsageError
-from quantspec.models.atomic import copy_file, make_folder, write_json
+from quantspec.models.atomic import copy_file, make_folder, write_json, write_manifest
 
 MEMBERS = ("target", "target-w4", "intermediate", "intermediate-w4", "eagle-target", "eagle-intermediate")
 _HELD_TEXTS = 180  # a third of them greedy
@@ -59,6 +59,7 @@ def _ship(source: Path, out: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in _NOT_SHIPPED:
             copy_file(path, out / path.name)
+    write_manifest(out)
 
 
 class _Stages:

@@ -82,4 +82,4 @@ def test_version_is_readable_without_an_install() -> None:
 
 def test_the_default_family_stays_within_the_size_the_package_allows() -> None:
     limit = 64 * 2**20  # the default family, tokenizer included
-    assert sum(path.stat().st_size for path in (ROOT / "quantspec" / "family").rglob("*") if path.is_file()) <= limit
+    assert sum(path.stat().st_size for path in (ROOT / "quantspec" / "assets").rglob("*") if path.is_file()) <= limit
