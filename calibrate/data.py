@@ -78,6 +78,8 @@ def token_rows(
         ids += tokenizer.encode(text).ids + ([] if eos_id is None else [eos_id])
         if len(ids) >= seq_len * num_rows:
             break
+    if len(ids) < 2:
+        raise ModelError("the text is too short: fewer than two tokens")
     rows = min(num_rows, len(ids) // seq_len)
     flat = torch.tensor(ids, dtype=torch.int64)
     return flat[: rows * seq_len].view(rows, seq_len) if rows else flat[None]

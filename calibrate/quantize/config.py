@@ -24,7 +24,7 @@ class QuantizeConfig:
     """Text (``.jsonl``, or ``.txt`` split at ``<|doc|>`` lines) that GPTQ measures inputs on. None: the bundled set."""
     held_out: Path | None = None
     """Text for the closing report. None: the bundled set, disjoint from the calibration text."""
-    num_samples: int = 256
+    num_samples: int = 128
     """Calibration rows of ``seq_len`` tokens (fewer where the text is shorter)."""
     eval_samples: int = 96
     """Held-out rows of ``seq_len`` tokens; 0 leaves the closing comparison out."""
@@ -81,7 +81,7 @@ class Event:
 class QuantizeReport:
     """What came out. Perplexities, ``kl`` (mean nats, dense || quantized) and ``top1_agreement`` are of held-out text,
     None when not measured. ``peak_bytes`` is the process's peak resident memory, ``tensor_bytes`` the largest sum of
-    weights, Hessians and activations that this run held at once."""
+    weights, Hessian and activations held at once, the solver's temporaries aside."""
 
     out: str
     bytes_before: int

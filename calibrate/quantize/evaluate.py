@@ -62,7 +62,7 @@ def compare(before: Path, after: Path, ids: Tensor, device: str) -> Comparison:
     divergence = agreement = 0.0
     for start in range(0, len(targets), _HEAD_ROWS):
         part = slice(start, start + _HEAD_ROWS)
-        logs = [_log_probs(state[part].to(device), head) for state in states]
+        logs = [log_probs(state[part].to(device), head) for state in states]
         for loss, log in zip(losses, logs, strict=True):
             loss.append(-log.gather(1, targets[part, None].to(device))[:, 0].cpu())
         divergence += float(kl_divergence(*logs).sum(dtype=torch.float64))
@@ -71,7 +71,7 @@ def compare(before: Path, after: Path, ids: Tensor, device: str) -> Comparison:
     return Comparison(nll[0], nll[1], divergence / len(targets), agreement / len(targets))
 
 
-def _log_probs(states: Tensor, head: Tensor) -> Tensor:
+def log_probs(states: Tensor, head: Tensor) -> Tensor:
     """Log-probabilities ``[n, V]`` of ``states [n, H]``, a block of the vocabulary at a time."""
     logits = torch.cat([states @ block.float().T for block in head.split(_HEAD_BLOCK)], dim=1)
     return logits.log_softmax(1)

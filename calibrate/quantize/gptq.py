@@ -134,8 +134,7 @@ def solve(
     factor = _inverse_factor(hessian, order, damping)
     if factor is None:
         return None
-    # Everything lies transposed, so that the column in hand is contiguous: rest and codes [K, N], scales and zeros [G,
-    # N].
+    # All lies transposed, so that the column in hand is contiguous: rest and codes [K, N], scales and zeros [G, N].
     rest = weight.T[order].to(hessian.dtype)
     scales = scale.T.to(hessian.dtype).contiguous()
     zeros = torch.zeros_like(scales) if zero_point is None else zero_point.T.to(hessian.dtype).contiguous()
@@ -160,14 +159,16 @@ def solve(
 
 def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor | None:
     """Upper Cholesky factor of ``(H + damping * mean(diag H) I)^-1`` with columns in ``order``."""
-    damped = hessian[order][:, order]
-    diagonal = damped.diagonal()
+    matrix = hessian[order][:, order]
+    diagonal = matrix.diagonal()
     mean = diagonal.mean()
     # An input that never fires has no curvature: any value does, and plain rounding is what it gets.
     diagonal[diagonal == 0] = mean if mean > 0 else 1.0
     diagonal += damping * mean
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    # One name for every step, so that two [K, K] matrices stand at a time and not four.
+    matrix, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if failed or not torch.isfinite(upper).all() else upper
+    matrix = torch.cholesky_inverse(matrix)
+    matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+    return None if failed or not torch.isfinite(matrix).all() else matrix

@@ -34,8 +34,8 @@ def run(config: QuantizeConfig, on_event: OnEvent | None = None) -> QuantizeRepo
     """Quantize ``config.model`` into ``config.out`` and say what came out; ``on_event`` hears of every linear layer.
 
     The result is a compressed-tensors ``pack-quantized`` folder. A run that was cut goes on from its finished layers
-    and ends with the same bytes. Raises ``ModelError``, ``UsageError``, ``ResourceError``, or ``Interrupted`` after
-    Ctrl-C.
+    and ends with the same bytes (given as many threads). Raises ``ModelError``, ``UsageError``, ``ResourceError``, or
+    ``Interrupted`` after Ctrl-C.
     """
     try:
         with torch.no_grad():

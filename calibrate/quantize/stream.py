@@ -28,8 +28,7 @@ class StreamedModel:
         self.config = ModelConfig.load(folder)
         self.store = TensorStore(folder)
         self.device = device
-        # A tied checkpoint may still carry a copy of the head, and an untied config always needs its own.
-        self.head_name = HEAD if HEAD in self.store and not self.config.tied else EMBEDDING
+        self.head_name = EMBEDDING if self.config.tied else HEAD
 
     def embed(self, ids: Tensor) -> Tensor:
         """``ids [S, T]`` to hidden states ``[S, T, H]`` in fp32 on the CPU."""

@@ -17,7 +17,7 @@ from quantspec.models import atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PROGRESS = "quantspec_progress.json"
+_PROGRESS = ".quantspec_progress.json"
 REPORT = "quantize_report.json"
 _ALGORITHM = 1  # raise it when the same settings would give other codes
 _SETTINGS = ("method", "bits", "group_size", "symmetric", "ignore", "num_samples", "seq_len", "seed", "device")
@@ -62,12 +62,15 @@ class WorkFolder:
         self._save()
 
     def finish(self, out: Path) -> None:
-        """Turn the work folder into ``out``: the manifest is written last, then the folder takes its final name."""
+        """Turn the work folder into ``out``: the manifest is written last, then the folder takes its final name.
+        Killed at any point, it is either still a work folder or already whole."""
         with atomic.writing(self.path):
-            for path in (self.path / _PROGRESS, *self.path.glob(".*.tmp")):
-                path.unlink(missing_ok=True)
+            for path in self.path.glob(".*.tmp"):
+                path.unlink()
         atomic.write_manifest(self.path)
         atomic.rename_folder(self.path, out)
+        with atomic.writing(out):
+            (out / _PROGRESS).unlink()
 
     def _save(self) -> None:
         atomic.write_json(self.path / _PROGRESS, {"fingerprint": self.identity, "layers": self._layers})

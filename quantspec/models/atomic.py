@@ -131,11 +131,12 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Record size and sha256 of every file in ``folder``. Call it last: its presence says that the folder is whole."""
+    """Record size and sha256 of every file in ``folder`` but hidden ones. Call it last: its presence says that the
+    folder is whole."""
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
     }
     write_json(folder / MANIFEST, {"version": 1, "files": files})
 

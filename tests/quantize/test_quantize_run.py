@@ -210,7 +210,7 @@ class TestResume:
             run(cut, interrupt)
         assert caught.value.hint
         assert not cut.out.exists()
-        progress = json.loads((tmp_path / "cut.partial" / "quantspec_progress.json").read_text())
+        progress = json.loads((tmp_path / "cut.partial" / ".quantspec_progress.json").read_text())
         assert len(progress["layers"]) == 2
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -229,7 +229,7 @@ class TestResume:
 
         with pytest.raises(Interrupted):
             run(configure(), interrupt)
-        progress = json.loads((tmp_path / "out.partial" / "quantspec_progress.json").read_text())
+        progress = json.loads((tmp_path / "out.partial" / ".quantspec_progress.json").read_text())
         assert len(progress["layers"]) == 1
 
     def test_killed_process_resumes_to_the_same_bytes(self, configure: Configure, model: Path, text: Path) -> None:
@@ -310,6 +310,22 @@ run(config, lambda event: os.kill(os.getpid(), signal.SIGKILL) if event.done == 
         if change != "damage":
             assert events[0].stage == "note"
             assert "starting over" in events[0].message
+
+    def test_killed_just_before_the_final_rename(self, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+        def killed(source: Path, target: Path) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(atomic, "rename_folder", killed)
+        with pytest.raises(Interrupted):
+            run(configure())
+        assert not configure().out.exists()
+        monkeypatch.undo()
+        events: list[Event] = []
+        run(configure(), events.append)
+        assert (events[0].stage, events[0].done) == ("resume", 21)
+        assert not any(event.stage == "layer" for event in events)
+        assert atomic.verify_manifest(configure().out)
+        assert not [path for path in configure().out.iterdir() if path.name.startswith(".")]
 
     def test_a_finished_output_is_recognized(self, configure: Configure) -> None:
         report = run(configure())
