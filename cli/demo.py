@@ -125,4 +125,10 @@ def _generate(target: Path, method: str, params: SamplingParams) -> tuple[list[C
 
     llm = load(str(target), method=method, notice=note, **FAMILY.get(method, {}))
     llm.generate(PROMPTS[0], SamplingParams(max_new_tokens=8))  # a first run pays for caches and thread pools
-    return [llm.generate(prompt, params) for prompt in PROMPTS], llm.weight_bytes
+    completions: list[Completion] = []
+    for prompt in PROMPTS:  # one at a time: a batch would be another measurement
+        generation = llm.stream(prompt, params)
+        for _ in generation:
+            pass
+        completions += generation.completions
+    return completions, llm.weight_bytes

@@ -17,30 +17,34 @@ from quantspec.cli.render import table
 
 REQUIRED = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy")
 OPTIONAL = {
-    "bitsandbytes": ("bitsandbytes", "NF4 models; pip install 'quantspec[bnb]'"),
-    "accelerate": ("accelerate", "wanted by bitsandbytes; pip install 'quantspec[bnb]'"),
-    "compressed-tensors": ("compressed_tensors", "cross-check of our own format; pip install 'quantspec[interop]'"),
-    "optimum": ("optimum", "GPTQ checkpoints through transformers; pip install 'quantspec[interop]'"),
-    "gguf": ("gguf", "GGUF files; pip install 'quantspec[interop]'"),
-    "gptqmodel": ("gptqmodel", "GPTQ kernels through optimum; install it yourself, it wants a newer torch"),
-    "auto-gptq": ("auto_gptq", "archived; quantspec reads its checkpoint format without it"),
-    "marlin-kernels": ("marlin_kernels", "does not build from source; quantspec brings kernels of its own"),
-    "triton": ("triton", "portable GPU kernels; comes with torch for CUDA"),
+    "bitsandbytes": ("bitsandbytes", "pip install 'quantspec[bnb]'"),
+    "accelerate": ("accelerate", "pip install 'quantspec[bnb]'"),
+    "optimum": ("optimum", "pip install 'quantspec[interop]'"),
+    "compressed-tensors": ("compressed_tensors", "pip install 'quantspec[interop]'"),
+    "gguf": ("gguf", "pip install 'quantspec[interop]'"),
+    "gptqmodel": ("gptqmodel", "the successor of auto-gptq; wants a newer torch, in an environment of its own"),
+    "auto-gptq": ("auto_gptq", "archived; does not import under transformers 5"),
+    "marlin-kernels": ("marlin_kernels", "cannot be built from its source package"),
+    "triton": ("triton", "comes with torch for CUDA"),
 }
+"""Distribution: the module it installs, and what to know where it is missing."""
 
 
 @click.command
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Report versions, the processor, kernel backends and optional packages: usable, or the reason why not."""
-    report = {"versions": _versions(), "machine": _machine(), "backends": _backends(), "packages": _packages()}
+    report = {
+        "versions": _versions(),
+        "machine": _machine(),
+        "kernel backends": _backends(),
+        "optional packages": {name: _state(name, module, remark) for name, (module, remark) in OPTIONAL.items()},
+    }
     if as_json:
         click.echo(json.dumps(report))
         return
-    table("versions", ("package", "version"), report["versions"].items())
-    table("machine", ("", "value"), ((key, value) for key, value in report["machine"].items()))
-    for title, key in (("kernel backends", "backends"), ("optional packages", "packages")):
-        table(title, ("name", "state"), ((name, state) for name, state in report[key].items()))
+    for title, lines in report.items():
+        table(title, ("", "state"), list(lines.items()), figures=False)
 
 
 def _versions() -> dict[str, str]:
@@ -78,14 +82,10 @@ def _backends() -> dict[str, str]:
     return dispatch.table()
 
 
-def _packages() -> dict[str, str]:
-    return {name: _state(name, module, purpose) for name, (module, purpose) in OPTIONAL.items()}
-
-
-def _state(name: str, module: str, purpose: str) -> str:
+def _state(name: str, module: str, remark: str) -> str:
     found = _version(name)
     if found == "missing":
-        return f"not installed ({purpose})"
+        return f"not installed ({remark})"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

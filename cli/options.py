@@ -29,12 +29,12 @@ class Flag:
     aliases: tuple[str, ...] = ()
     help: str | None = None
     metavar: str | None = None
-    type: click.ParamType | None = None
+    type: click.ParamType[Any, Any] | None = None
     off: str | None = None
     """The switch that turns a boolean off that is on by default; ``--no-name`` if None."""
 
 
-class KeyValue(click.ParamType):
+class KeyValue(click.ParamType[Any, Any]):
     """``ID=NUMBER`` as a pair."""
 
     name = "id=number"
@@ -79,7 +79,7 @@ def assemble(config: type[Config], values: Mapping[str, Any], **fixed: Any) -> C
         if field.name in fixed:
             built[field.name] = fixed[field.name]
         elif is_dataclass(hints[field.name]):
-            built[field.name] = assemble(hints[field.name], values)  # type: ignore[arg-type]
+            built[field.name] = assemble(hints[field.name], values)
         elif field.name in values:
             value = values[field.name]
             built[field.name] = dict(value) if get_origin(hints[field.name]) in _MAPPINGS else value
@@ -105,7 +105,7 @@ def _flat(config: type, defaults: Any = None, skip: tuple[str, ...] = ()) -> Ite
             continue
         default = _default(field) if defaults is None else getattr(defaults, field.name)
         if is_dataclass(hints[field.name]):
-            yield from _flat(hints[field.name], None if default is MISSING else default)  # type: ignore[arg-type]
+            yield from _flat(hints[field.name], None if default is MISSING else default)
         else:
             yield _Field(field.name, hints[field.name], default, texts.get(field.name))
 
@@ -141,13 +141,12 @@ def _option(field: _Field, flag: Flag) -> Callable[[Command], Command]:
         names = f"{name}/{flag.off or f'--no-{name[2:]}'}" if field.default is True else name
         return click.option(names, *flag.aliases, field.name, is_flag=True, default=field.default, **options)
     if get_origin(hint) is tuple or get_origin(hint) in _MAPPINGS:
-        options["multiple"], hint = True, get_args(hint)[0]
-        default = tuple(field.default)
+        options |= {"multiple": True, "default": tuple(field.default)}
+        hint = get_args(hint)[0]
+    elif field.default is MISSING:
+        options["required"] = not optional
     else:
-        default = None if field.default is MISSING else field.default
-        options["required"] = field.default is MISSING and not optional
-    if default is not None:
-        options["default"] = default
+        options["default"] = field.default
     kind = flag.type or _click_type(hint)
     return click.option(name, *flag.aliases, field.name, type=kind, metavar=flag.metavar, **options)
 
@@ -160,9 +159,10 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _click_type(hint: Any) -> click.ParamType:
+def _click_type(hint: Any) -> click.ParamType[Any, Any]:
     if get_origin(hint) is Literal:
         return click.Choice(get_args(hint))
     if hint is Path:
         return click.Path(path_type=Path)
-    return {int: click.INT, float: click.FLOAT, str: click.STRING}[hint]
+    types: dict[Any, click.ParamType[Any, Any]] = {int: click.INT, float: click.FLOAT, str: click.STRING}
+    return types[hint]

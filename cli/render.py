@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -87,18 +87,23 @@ def stats_line(completion: Completion, legend: bool = False) -> str:
     return f"{line}\ntokens by stage: {', '.join(parts)}"
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table on standard output: drawn on a terminal, plain elsewhere. The first column is text."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, figures: bool = True) -> None:
+    """A table on standard output: drawn on a terminal, Markdown elsewhere.
+
+    ``figures`` aligns all columns but the first to the right.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     terminal = sys.stdout.isatty()
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if terminal else box.ASCII2)
+    drawn = Table(box=box.SIMPLE_HEAD if terminal else box.MARKDOWN)
     for number, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        drawn.add_column(column, justify="right" if figures and number else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(str(cell) for cell in row))
+        drawn.add_row(*(Text(str(cell)) for cell in row))  # not markup: names may hold brackets
+    click.echo(title)
     # Rich folds to 80 columns where there is no terminal, which would cut figures in two.
     Console(no_color=not use_color(sys.stdout), width=None if terminal else 140).print(drawn)
 

@@ -74,7 +74,7 @@ OWN = {
 }
 
 
-class SourceType(click.ParamType):
+class SourceType(click.ParamType[Any, Any]):
     """``PATH``, ``PATH:WEIGHT`` or ``PATH:WEIGHT:HELD_OUT``."""
 
     name = "path[:weight[:held_out]]"

@@ -1,0 +1,93 @@
+"""``quantspec demo`` on tiny models in the default family's place, and ``quantspec doctor``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from quantspec.calibrate.quantize.config import QuantizeConfig
+from quantspec.cli import demo
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch, tiny: Path, drafter: Path) -> None:
+    """The demo with random models: no EAGLE heads, so a draft model takes the cascade's place."""
+    from quantspec.engine import build
+
+    monkeypatch.setattr(demo, "DENSE_DEFAULT", str(tiny))
+    monkeypatch.setattr(demo, "QuantizeConfig", partial(QuantizeConfig, num_samples=8))
+    monkeypatch.setattr(demo, "METHODS", {"none": "no drafter", "draft": "draft model"})
+    monkeypatch.setattr(demo, "PROMPTS", ("Question: a baker", "Answer: 24"))
+    monkeypatch.setitem(build.FAMILY, "draft", {"draft_model": str(drafter)})
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_prints_one_table_and_reuses_the_target(call, tmp_path: Path) -> None:
+    options = ("--out", tmp_path / "w4", "-n", 12)
+    first = call("demo", *options)
+    assert first.code == 0, first.err
+    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "w4").iterdir()}
+    lines = [line for line in first.out.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines] == [
+        "method",
+        "-" * len(lines[1].split("|")[1]),
+        "no drafter",
+        "draft model",
+    ]
+    assert lines[2].split("|")[3].strip() == "1.00"
+    assert "2 prompts, greedy, texts equal, on " in first.out
+    assert " threads" in first.out
+    record = json.loads(call("demo", *options, "--json").out)
+    assert [row["method"] for row in record["rows"]] == ["none", "draft"]
+    assert record["rows"][1]["weight_bytes"] > record["rows"][0]["weight_bytes"] > 0
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "w4").iterdir()} == made
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_fails_if_a_text_differs(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = demo._generate
+
+    def tampered(target: Path, method: str, params: object) -> object:
+        completions, size = generate(target, method, params)  # type: ignore[arg-type]
+        if method == "draft":
+            completions[1] = replace(completions[1], token_ids=(*completions[1].token_ids[:-1], 3))
+        return completions, size
+
+    monkeypatch.setattr(demo, "_generate", tampered)
+    result = call("demo", "--out", tmp_path / "w4", "-n", 4)
+    assert (result.code, result.out) == (5, "")
+    assert "the text of draft model differs from plain decoding's" in result.error
+
+
+def test_demo_prompts_are_in_gsm8k_form() -> None:
+    assert all(prompt.startswith("Question: ") and prompt.endswith("?\nAnswer:") for prompt in demo.PROMPTS)
+
+
+def test_doctor(call) -> None:
+    report = json.loads(call("doctor", "--json").out)
+    assert report.keys() == {"versions", "machine", "kernel backends", "optional packages"}
+    assert report["versions"]["torch"].startswith("2.")
+    mission = {"bitsandbytes", "optimum", "compressed-tensors", "gptqmodel", "auto-gptq", "marlin-kernels"}
+    assert report["optional packages"].keys() >= mission
+    # A state says "usable", or gives a reason.
+    assert all("usable" in state or "(" in state for state in report["optional packages"].values())
+    result = call("doctor")
+    assert result.code == 0
+    assert "pip install 'quantspec[bnb]'" in result.out or "usable" in result.out
+    assert "\x1b" not in result.out
+
+
+def test_doctor_gives_the_reason_of_a_package_that_does_not_import(
+    call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "auto_gptq.py").write_text("from transformers_that_never_was import no_init_weights\n")
+    folder = tmp_path / "auto_gptq-0.7.1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: auto-gptq\nVersion: 0.7.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    state = json.loads(call("doctor", "--json").out)["optional packages"]["auto-gptq"]
+    assert state.startswith("0.7.1, not usable: ModuleNotFoundError: No module named 'transformers_that")
