@@ -1,4 +1,4 @@
-"""Errors that users may meet. Each carries one line that says what is wrong, a hint, and the exit code of the command line.
+"""Errors that users may meet: each is one line that says what is wrong, with a hint and the command line's exit code.
 
 ``QuantSpecError`` kinds are for users; ``assert`` is for our own mistakes. Only ``cli`` prints them.
 """

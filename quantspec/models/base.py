@@ -1,5 +1,5 @@
-"""What the verification core asks of a model and its cache. The native decoder, ``HFModel`` and the tests' table model all
-answer to it."""
+"""What the verification core asks of a model and its cache. The native decoder, ``HFModel`` and the tests' table model
+all answer to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Cache(Protocol):
     length: int
     """Committed slots. A forward with ``Batch.cached == length`` appends its rows provisionally."""
     chains_only: bool
-    """True where rejected rows cannot be skipped (a recurrent or foreign cache): such a verifier is sent chains only."""
+    """True where rejected rows cannot be skipped (a recurrent or foreign cache): such a model is sent chains only."""
 
     def commit(self, rows: Sequence[int]) -> None:
         """Keep these rows of the last forward (numbered from 0 within the sequence), in order, right after ``length``;
