@@ -27,7 +27,9 @@ def advance(engine: Engine, running: Sequence[Request]) -> list[Chunk]:
     return [request.take(verdict, lap) for request, verdict in zip(running, verdicts, strict=True)]
 
 
-def generate(engine: Engine, requests: Sequence[Request], cancelled: Callable[[], bool]) -> Generator[Chunk, None, None]:
+def generate(
+    engine: Engine, requests: Sequence[Request], cancelled: Callable[[], bool]
+) -> Generator[Chunk, None, None]:
     """Run all requests, yielding one chunk per sequence and step. Closing the iterator frees every sequence."""
     waiting, running = deque(requests), list[Request]()
     try:

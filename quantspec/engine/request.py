@@ -17,7 +17,7 @@ from quantspec.errors import ResourceError, UsageError
 from quantspec.types import Budget, Chunk, SamplingParams, TokenLogprob, Verdict
 
 _PLAIN = Budget(max_nodes=0, max_depth=0)
-_JUDGED_AFTER, _USELESS = 50, 1.02
+_JUDGED_AFTER, _USELESS = 50, 1.05
 """A drafter is called useless if after so many target forwards each still gave fewer tokens than this."""
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import quantspec
+from quantspec.engine.llm import LLM
 from quantspec.models.tokenizer import Tokenizer
 
 VOCABULARY = 320
@@ -133,3 +135,30 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     _tokenizer(folder)
     return Tokenizer(folder)
+
+
+def load_all(folders: dict[str, Path], **options: Any) -> dict[str, LLM]:
+    """The family's target with each method, drafts small enough for a test."""
+    parts: dict[str, dict[str, str]] = {
+        "none": {},
+        "lookup": {},
+        "draft": {"draft_model": str(folders["intermediate"])},
+        "eagle": {"head": str(folders["target_head"])},
+        "cascade": {"draft_model": str(folders["intermediate"]), "head": str(folders["intermediate_head"])},
+    }
+    small = {"tree_depth": 2, "tree_top_k": 2, "tree_nodes": 4, "min_draft": 4, "prompt_lookup_min": 1, "max_batch": 3}
+    torch.set_num_threads(1)
+    return {
+        method: quantspec.load(str(folders["target"]), method=method, **small, **named, **options)
+        for method, named in parts.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def llms(family: dict[str, Path]) -> dict[str, LLM]:
+    return load_all(family)
+
+
+@pytest.fixture(scope="session")
+def qwen_llms(qwen_family: dict[str, Path]) -> dict[str, LLM]:
+    return load_all(qwen_family)

@@ -1,0 +1,68 @@
+"""Options: unknown ones come with the nearest known one, wrong values with the rule; vLLM's keys are understood."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from quantspec.engine.config import METHODS, EngineConfig
+from quantspec.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "hint"),
+    [
+        ({"modell": "x"}, "unknown option 'modell'", "'model'"),
+        ({"zzz": 1}, "unknown option 'zzz'", "known: model"),
+        ({"method": "eagel"}, "unknown method 'eagel'", "'eagle'"),
+        ({"method": "medusa-9"}, "unknown method 'medusa-9'", "none, lookup"),
+        ({"mode": "exakt"}, "unknown mode 'exakt'", "'exact'"),
+        ({"rule": "typical"}, "unknown rule 'typical'", "ratio"),
+        ({"num_speculative_tokens": -1}, "num_speculative_tokens must be a whole number of at least 0, not -1", None),
+        ({"min_draft": 0}, "min_draft", None),
+        ({"max_batch": True}, "max_batch must be a whole number", None),
+        ({"max_context": "10"}, "max_context must be a whole number", None),
+        (
+            {"prompt_lookup_min": 5, "prompt_lookup_max": 3},
+            "prompt_lookup_max must be a whole number of at least 5",
+            None,
+        ),
+        ({"rule": "ratio", "method": "eagle"}, "the ratio rule", "draft"),
+        ({"speculative_config": {"num_spec": 3}}, "unknown speculative_config key 'num_spec'", "num_speculative"),
+        ({"speculative_config": {"method": "eagle3"}}, "method 'eagle3' is not supported", "ngram"),
+        ({"speculative_config": {"num_speculative_tokens": 3}}, "needs a method or a model", None),
+        ({"speculative_config": "ngram"}, "must be a mapping", None),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], words: str, hint: str | None) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        EngineConfig.from_mapping(options)
+    assert "\n" not in str(caught.value)
+    assert hint is None or hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("speculative", "expected"),
+    [
+        (
+            {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2},
+            {"method": "lookup", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2},
+        ),
+        ({"model": "ngram"}, {"method": "lookup", "draft_model": None}),
+        ({"method": "eagle", "model": "org/head"}, {"method": "eagle", "head": "org/head", "draft_model": None}),
+        ({"method": "draft_model", "model": "org/small"}, {"method": "draft", "draft_model": "org/small"}),
+        ({"model": "org/small", "num_speculative_tokens": 7}, {"method": "draft", "draft_model": "org/small"}),
+        ({"method": "cascade", "model": "a", "head": "b"}, {"method": "cascade", "draft_model": "a", "head": "b"}),
+    ],
+)
+def test_vllm_keys_are_understood(speculative: dict[str, Any], expected: dict[str, Any]) -> None:
+    config = EngineConfig.from_mapping({"model": "target", "speculative_config": speculative})
+    assert config.model == "target"
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_draft_width(method: str) -> None:
+    assert EngineConfig(method=method, num_speculative_tokens=3).max_nodes == (0 if method == "none" else 3)
+    assert (EngineConfig(method=method).max_nodes > 0) == (method != "none")
