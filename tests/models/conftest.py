@@ -1,0 +1,88 @@
+"""Tiny random models made by transformers, one per architecture and feature, and helpers to compare with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+VOCAB = 160
+
+BASE = dict(
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=1024,
+)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied-mha": ("llama", dict(tie_word_embeddings=True, num_key_value_heads=4)),
+    "llama-biases-wide-heads": ("llama", dict(attention_bias=True, mlp_bias=True, head_dim=48, num_key_value_heads=1)),
+    "llama-llama3": ("llama", dict(rope_parameters=LLAMA3)),
+    "mistral-window": ("mistral", dict(sliding_window=9, head_dim=32)),
+    "mistral-wide-window": ("mistral", dict(sliding_window=150)),
+    "mistral-no-window": ("mistral", dict(sliding_window=None)),
+    "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
+    "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)),
+    "qwen2-yarn": ("qwen2", dict(rope_parameters=YARN)),
+    "qwen3": ("qwen3", dict(head_dim=32)),
+    "qwen3-bias-layer-types": (
+        "qwen3",
+        dict(
+            head_dim=16, attention_bias=True, use_sliding_window=True, sliding_window=5,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+}  # fmt: skip
+
+
+class Pair:
+    """A checkpoint folder and the transformers model that wrote it."""
+
+    def __init__(self, folder: Path, module: Any) -> None:
+        self.folder, self.module = folder, module
+
+    @torch.no_grad()
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """transformers' logits ``[n, V]`` of a whole text."""
+        return self.module(torch.tensor([tokens]), use_cache=False).logits[0]
+
+
+def make_pair(folder: Path, architecture: str, **options: Any) -> Pair:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(architecture, **(BASE | options))
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():  # biases start at 0 and norms at 1, which would hide mistakes
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    module.save_pretrained(folder)
+    return Pair(folder, module)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """Name in ``MODELS`` to its pair, made once."""
+    made: dict[str, Pair] = {}
+
+    def get(name: str) -> Pair:
+        if name not in made:
+            architecture, options = MODELS[name]
+            made[name] = make_pair(tmp_path_factory.mktemp(name), architecture, **options)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny models gain nothing from threads, and lose much to them on a busy machine."""
+    torch.set_num_threads(1)

@@ -1,0 +1,187 @@
+"""From folders to models: shards, packed weights, and folders that must be refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantspec.errors import ModelError, UsageError
+from quantspec.models import resolve as resolve_module
+from quantspec.models.atomic import write_manifest
+from quantspec.models.decoder import Decoder
+from quantspec.models.load import load_model
+from quantspec.models.resolve import resolve
+from quantspec.numerics.affine import dequantize, quantize
+from quantspec.numerics.packing import pack_weight
+from quantspec.numerics.scheme import Scheme
+from quantspec.types import Batch
+
+from .conftest import Pair
+
+GetPair = Callable[[str], Pair]
+TEXT = list(range(40))
+
+
+def logits(folder: Path, mode: str = "exact") -> torch.Tensor:
+    model = load_model(folder, mode=mode)
+    return model.forward(Batch.chain(TEXT), [model.new_cache(64, 4)]).logits
+
+
+@pytest.fixture
+def folder(pair: GetPair, tmp_path: Path) -> Path:
+    """A copy of the Llama checkpoint to damage."""
+    return Path(shutil.copytree(pair("llama").folder, tmp_path / "model"))
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_sharded_folder_is_the_same_model(pair: GetPair, tmp_path: Path) -> None:
+    pair("llama").module.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(logits(tmp_path), logits(pair("llama").folder))
+
+
+def test_half_precision_folder_is_computed_in_fp32(pair: GetPair, tmp_path: Path) -> None:
+    tensors = load_file(pair("llama").folder / "model.safetensors")
+    for name, cast in (("half", lambda t: t.bfloat16()), ("full", lambda t: t.bfloat16().float())):
+        copy = Path(shutil.copytree(pair("llama").folder, tmp_path / name))
+        save_file({key: cast(tensor) for key, tensor in tensors.items()}, copy / "model.safetensors", {"format": "pt"})
+    half, full = load_model(tmp_path / "half"), load_model(tmp_path / "full")
+    assert full.weight_bytes == 2 * half.weight_bytes == sum(4 * tensor.numel() for tensor in tensors.values())
+    assert torch.equal(logits(tmp_path / "half"), logits(tmp_path / "full"))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme(4, 32), Scheme(3, 32, symmetric=False), Scheme(8, -1), Scheme(4, 40)],
+    ids=lambda s: f"w{s.bits}-g{s.group_size}-{'sym' if s.symmetric else 'asym'}",
+)
+def test_packed_folder_is_the_dequantized_one(pair: GetPair, tmp_path: Path, scheme: Scheme) -> None:
+    source = pair("qwen2").folder
+    packed, dense = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if "_proj.weight" in name and "layers.1.mlp" not in name:  # one layer stays dense, as an ignore list would have it
+            quantized = quantize(tensor, scheme)
+            dense[name] = dequantize(quantized)
+            packed |= {name.removesuffix("weight") + suffix: part for suffix, part in pack_weight(quantized).items()}
+        else:
+            dense[name] = packed[name] = tensor
+    folders = {}
+    for name, tensors in (("packed", packed), ("dense", dense)):
+        folders[name] = Path(shutil.copytree(source, tmp_path / name))
+        save_file(tensors, folders[name] / "model.safetensors", {"format": "pt"})
+    weights = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "strategy": "group", "group_size": scheme.group_size}
+    if scheme.group_size == -1:
+        weights |= {"strategy": "channel", "group_size": None}
+    group = {"targets": ["Linear"], "weights": weights}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    change_config(folders["packed"], quantization_config=quantization)
+    assert torch.equal(logits(folders["packed"]), logits(folders["dense"]))
+    stored = sum(tensor.nbytes for tensor in packed.values())
+    assert load_model(folders["packed"]).weight_bytes == stored < load_model(folders["dense"]).weight_bytes
+
+
+def drop(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.pop(name) and None
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "has no tensor model.layers.1.mlp.up_proj.weight"),
+        (lambda t: t.pop("lm_head.weight"), "has no tensor lm_head.weight"),
+        (lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}), "does not use, such as .*q_norm"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(32)}), r"model.norm.weight has shape \[32\], .* \[64\]"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}), "stored as torch.int8"),
+    ],
+)
+def test_tensors_that_do_not_fit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str) -> None:
+    change_tensors(folder, change)
+    with pytest.raises(ModelError, match=message):
+        load_model(folder)
+
+
+def test_harmless_leftovers(pair: GetPair, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(pair("llama-tied-mha").folder, tmp_path / "model"))
+    before = logits(copy)
+    change_tensors(
+        copy, lambda t: t.update({"lm_head.weight": torch.ones(160, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    )
+    assert torch.equal(logits(copy), before)
+
+
+def test_truncated_file(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        load_model(folder)
+
+
+def test_false_manifest(folder: Path) -> None:
+    write_manifest(folder)
+    load_model(folder)
+    change_config(folder, eos_token_id=5)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load_model(folder)
+
+
+def test_auto_map_and_unknown_architecture(folder: Path) -> None:
+    change_config(folder, model_type="not-a-model", architectures=["NotAModel"])
+    with pytest.raises(ModelError, match="not-a-model"):
+        load_model(folder)
+    change_config(folder, auto_map={"AutoModelForCausalLM": "model.Model"})
+    with pytest.raises(ModelError, match="auto_map"):
+        load_model(folder)
+
+
+def test_wrong_mode(folder: Path) -> None:
+    with pytest.raises(UsageError, match="mode must be exact or fast"):
+        load_model(folder, mode="quick")
+
+
+def test_foreign_architecture_goes_through_transformers(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    module = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=64, n_embd=32, n_layer=1, n_head=2)).eval()
+    module.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert not isinstance(model, Decoder)
+    assert not model.row_invariant
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./none", "none", "a/b/c", "/etc/hostname", "default/none"])
+def test_names_that_lead_nowhere(name: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve(name)
+    assert caught.value.hint
+
+
+def test_default_family(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve_module, "FAMILY", folder.parent)
+    assert resolve("default/model") == folder
+    with pytest.raises(ModelError, match="'target'") as caught:
+        resolve("default")
+    assert "model" in (caught.value.hint or "")
+
+
+def test_native_loading_does_not_import_transformers(folder: Path) -> None:
+    code = f"import sys; from quantspec.models.load import load_model; load_model({str(folder)!r}); assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
