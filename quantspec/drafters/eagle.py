@@ -36,7 +36,7 @@ class _HeadedModel(Protocol):
     vocab_size: int
     hidden_size: int
 
-    def embed(self, tokens: Tensor) -> Tensor: ...
+    def embed(self, tokens: Sequence[int]) -> Tensor: ...
 
     def head(self, x: Tensor) -> Tensor: ...
 
@@ -82,7 +82,8 @@ class Eagle:
                 f"not {model.hidden_size} and {model.vocab_size}",
                 hint="an EAGLE head works only with the model it was trained on",
             )
-        probe = model.embed(torch.tensor([0]))
+        probe = model.embed([0])
+        model.head(probe)  # some targets have a head that cannot be borrowed, and say so here
         self._model = model
         self._head = EagleHead.load(self.folder, probe.device, probe.dtype)
 
@@ -158,8 +159,8 @@ class Eagle:
         )
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
-        ids, own = torch.tensor(tokens, device=self._head.qkv.device), self._head.embed_weight
-        return self._model.embed(ids) if own is None else own[ids]
+        own = self._head.embed_weight
+        return self._model.embed(tokens) if own is None else own[torch.tensor(tokens, device=own.device)]
 
     def observe(self, state: EagleState, verdict: Verdict) -> None:
         state.features = torch.cat((state.features, verdict.taps["norm"]))

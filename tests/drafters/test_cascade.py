@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from table_model import TableModel
 
 from quantspec.core.drafter import NoDrafter, TargetParts
 from quantspec.core.verify import Verifier
@@ -26,18 +27,19 @@ class RandomTrees:
         self.random, self.empty = random.Random(seed), empty
 
     def prepare(self, parts: TargetParts) -> None:
-        pass
+        self.model = parts.model
 
-    def open(self, view) -> list[float]:
+    def open(self, view) -> list[torch.Tensor]:
         return []
 
     def propose(self, states, views, budgets) -> list[Draft]:
         return [self._tree(*arguments) for arguments in zip(states, views, budgets, strict=True)]
 
-    def _tree(self, features: list[float], view, budget: Budget) -> Draft:
-        # The table model's tap is the row's token, so features must spell out the text.
-        assert features == [float(token) for token in view.tokens[: len(features)]]
+    def _tree(self, features: list[torch.Tensor], view, budget: Budget) -> Draft:
+        # A tap tells its whole path, so features must retrace the text; the last ones suffice, for speed.
         assert len(features) < len(view.tokens)
+        for length in range(max(1, len(features) - 2), len(features) + 1):
+            assert torch.equal(features[length - 1], self.model.tap("norm", view.tokens[:length]))
         if self.random.random() < self.empty:
             return EMPTY_DRAFT
         size = self.random.randint(1, budget.max_nodes)
@@ -45,16 +47,16 @@ class RandomTrees:
         tokens = [self.random.randrange(VOCAB) for _ in range(size)]
         return Draft(tuple(tokens), tuple(parents), (1.0,) * size, (self.name,) * size)
 
-    def observe(self, state: list[float], verdict: Verdict) -> None:
-        state += verdict.taps["norm"][:, 0].tolist()
+    def observe(self, state: list[torch.Tensor], verdict: Verdict) -> None:
+        state += verdict.taps["norm"]
 
-    def truncate(self, state: list[float], length: int) -> None:
+    def truncate(self, state: list[torch.Tensor], length: int) -> None:
         del state[length:]
 
-    def finalize(self, state: list[float], length: int) -> None:
+    def finalize(self, state: list[torch.Tensor], length: int) -> None:
         pass
 
-    def close(self, state: list[float]) -> None:
+    def close(self, state: list[torch.Tensor]) -> None:
         pass
 
     def describe(self) -> str:
@@ -66,35 +68,32 @@ def cascade(model, inner=None, min_draft: int = 5, stage: str = "intermediate", 
     return Cascade(inner or NoDrafter(), verifier, CascadeOptions(min_draft=min_draft), **options)
 
 
-PROMPTS = [[seed % VOCAB, seed // VOCAB % VOCAB, (3 * seed) % VOCAB] for seed in range(32)]
+PROMPTS = [[seed % VOCAB, seed // VOCAB % VOCAB, (3 * seed) % VOCAB] for seed in range(33)]
 SAMPLING = [
-    SamplingParams(max_new_tokens=24),
-    SamplingParams(max_new_tokens=24, temperature=0.8, top_p=0.95),
-    SamplingParams(max_new_tokens=24, temperature=1.2, repetition_penalty=1.3, min_new_tokens=9),
+    SamplingParams(max_new_tokens=12),
+    SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.95),
+    SamplingParams(max_new_tokens=12, temperature=1.2, repetition_penalty=1.3, min_new_tokens=6),
 ]
 
 
 # The target itself, a relative, and a stranger; the relative gets the most prompts.
-@pytest.mark.parametrize(("noise", "prompts"), [(0.0, 5), (1.0, 32), (30.0, 5)])
-@pytest.mark.parametrize("params", SAMPLING, ids=["greedy", "top-p", "penalty"])
+@pytest.mark.parametrize(("noise", "prompts"), [(0.0, 4), (1.0, 33), (30.0, 4)])
 @pytest.mark.parametrize("kind", ["draft", "trees", "lookup", "nested", "nested strangers"])
-def test_text_is_that_of_plain_decoding(
-    table_model, generate, kind: str, noise: float, prompts: int, params: SamplingParams
-) -> None:
-    model = table_model.random(VOCAB, seed=3)
-    near, far = model.perturbed(noise), model.perturbed(noise + 1, seed=2)
+def test_text_is_that_of_plain_decoding(generate, kind: str, noise: float, prompts: int) -> None:
+    model = TableModel(VOCAB, seed=3)
+    near, far, stranger = (TableModel(VOCAB, seed=3, blur=blur) for blur in (noise, noise + 1, 30.0))
     drafter = {
         "draft": lambda: draft_model(near, num_speculative_tokens=4),
         "trees": lambda: cascade(near, RandomTrees()),
         "lookup": lambda: cascade(near, PromptLookup()),
         "nested": lambda: cascade(near, cascade(far, RandomTrees(), min_draft=3, stage="small")),
-        "nested strangers": lambda: cascade(near, cascade(far.perturbed(30.0), cascade(far, min_draft=2)), min_draft=9),
+        "nested strangers": lambda: cascade(near, cascade(stranger, cascade(far, min_draft=2)), min_draft=9),
     }[kind]()
-    eos = frozenset({VOCAB - 1})
-    plain = generate(model, PROMPTS[:prompts], params, eos=eos)
-    fast = generate(model, PROMPTS[:prompts], params, drafter, eos=eos)
+    asked, eos = [SAMPLING[i % 3] for i in range(prompts)], frozenset({VOCAB - 1})
+    plain = generate(model, PROMPTS[:prompts], asked, eos=eos)
+    fast = generate(model, PROMPTS[:prompts], asked, drafter, eos=eos)
     assert fast.texts == plain.texts
-    assert any(len(text) < params.max_new_tokens for text in plain.texts), "no prompt reached its end token"
+    assert len({len(text) for text in plain.texts}) > 1, "no prompt reached its end token"
     if noise == 0.0:
         going_on = [verdict for verdicts in fast.verdicts for verdict in verdicts if verdict.finish is None]
         assert all(len(verdict.path) == len(verdict.draft) for verdict in going_on)
@@ -103,29 +102,29 @@ def test_text_is_that_of_plain_decoding(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_an_intermediate_equal_to_the_target_is_always_right(table_model, generate, temperature: float) -> None:
-    model = table_model.random(VOCAB, seed=4)
+def test_an_intermediate_equal_to_the_target_is_always_right(generate, temperature: float) -> None:
+    model, same = TableModel(VOCAB, seed=4), TableModel(VOCAB, seed=4)
     params = SamplingParams(max_new_tokens=25, temperature=temperature)
-    run = generate(model, PROMPTS[:4], params, draft_model(model.perturbed(0.0), num_speculative_tokens=4))
+    run = generate(model, PROMPTS[:4], params, draft_model(same, num_speculative_tokens=4))
     # 25 tokens are five rounds of four drafted and one of the target's own.
     assert [[len(verdict.emitted) for verdict in verdicts] for verdicts in run.verdicts] == [[5] * 5] * 4
     assert run.forwards == 5
     assert run.verdicts[0][0].stages == ("draft",) * 4 + ("target",)
 
 
-def test_a_relative_is_partly_right(table_model, generate) -> None:
-    model = table_model.random(VOCAB, seed=5)
-    drafter = cascade(model.perturbed(1.0), RandomTrees())
-    run = generate(model, PROMPTS, SamplingParams(max_new_tokens=40, temperature=0.8), drafter)
+def test_a_relative_is_partly_right(generate) -> None:
+    model, near = TableModel(VOCAB, seed=5), TableModel(VOCAB, seed=5, blur=1.0)
+    drafter = cascade(near, RandomTrees())
+    run = generate(model, PROMPTS[:10], SamplingParams(max_new_tokens=40, temperature=0.8), drafter)
     accepted = [len(verdict.path) for verdicts in run.verdicts for verdict in verdicts]
     assert 2.0 < run.acceptance < 5.0
     assert 0 in accepted and max(accepted) >= 5  # full and partial acceptance, and none at all
 
 
-def test_stages_name_the_innermost_level_whose_proposal_survived(table_model, generate) -> None:
-    model = table_model.random(VOCAB, seed=6)
-    drafter = cascade(model, cascade(model.perturbed(1.0), RandomTrees(), stage="small"))
-    run = generate(model, PROMPTS, SamplingParams(max_new_tokens=40), drafter)
+def test_stages_name_the_innermost_level_whose_proposal_survived(generate) -> None:
+    model, near = TableModel(VOCAB, seed=6), TableModel(VOCAB, seed=6, blur=1.0)
+    drafter = cascade(near, cascade(near, RandomTrees(), stage="small"))
+    run = generate(model, PROMPTS[:6], SamplingParams(max_new_tokens=30), drafter)
     stages = {stage for verdicts in run.verdicts for verdict in verdicts for stage in verdict.stages}
     assert stages == {"random", "small", "intermediate", "target"}
 
@@ -165,12 +164,11 @@ class Script:
         return "script"
 
 
-def counting(table_model):
-    """A model that counts: after token t comes t + 1, whatever stood before."""
-    table = torch.full((VOCAB, VOCAB, VOCAB), -9.0)
-    for token in range(VOCAB):
-        table[:, token, (token + 1) % VOCAB] = 9.0
-    return table_model(table)
+def counting():
+    """A model that counts: after token t comes t + 1, with 9 against 0, whatever stood before."""
+    model = TableModel(VOCAB)
+    model.row = lambda path: 9.0 * torch.nn.functional.one_hot(torch.tensor((path[-1] + 1) % VOCAB), VOCAB)
+    return model
 
 
 def view_of(tokens: list[int], remaining: int = 50, stop_ids: frozenset[int] = frozenset()):
@@ -185,8 +183,8 @@ def view_of(tokens: list[int], remaining: int = 50, stop_ids: frozenset[int] = f
     return opened.view()
 
 
-def test_surplus_tokens_are_kept_and_cost_no_further_forward(table_model) -> None:
-    model, script = counting(table_model), Script([[2, 3, 4, 5], [], []])
+def test_surplus_tokens_are_kept_and_cost_no_further_forward() -> None:
+    model, script = counting(), Script([[2, 3, 4, 5], [], []])
     drafter = cascade(model, script, min_draft=2)
     state = drafter.open(view_of([0, 1]))
 
@@ -202,8 +200,8 @@ def test_surplus_tokens_are_kept_and_cost_no_further_forward(table_model) -> Non
     assert state.session.tokens == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
 
 
-def test_partial_acceptance_goes_back_to_the_common_prefix_and_keeps_its_rows(table_model) -> None:
-    model, script = counting(table_model), Script([[2, 3, 4, 5], []])
+def test_partial_acceptance_goes_back_to_the_common_prefix_and_keeps_its_rows() -> None:
+    model, script = counting(), Script([[2, 3, 4, 5], []])
     drafter = cascade(model, script, min_draft=2)
     state = drafter.open(view_of([0, 1]))
     drafter.propose([state], [view_of([0, 1])], [Budget(4, 9)])
@@ -216,8 +214,8 @@ def test_partial_acceptance_goes_back_to_the_common_prefix_and_keeps_its_rows(ta
     assert script.truncated == [3] and state.drafted == []
 
 
-def test_a_chain_ends_with_the_end_token(table_model) -> None:
-    model, script = counting(table_model), Script([[2, 3, 4, 5]])
+def test_a_chain_ends_with_the_end_token() -> None:
+    model, script = counting(), Script([[2, 3, 4, 5]])
     drafter = cascade(model, script, min_draft=6)
     view = view_of([0, 1], stop_ids=frozenset({3}))
     assert drafter.propose([drafter.open(view)], [view], [Budget(9, 9)])[0].tokens == (2, 3)
@@ -225,29 +223,29 @@ def test_a_chain_ends_with_the_end_token(table_model) -> None:
 
 
 @pytest.mark.parametrize(("remaining", "length"), [(1, 0), (2, 1), (4, 3), (50, 6)])
-def test_a_draft_leaves_room_for_the_targets_own_token(table_model, remaining: int, length: int) -> None:
-    model = counting(table_model)
+def test_a_draft_leaves_room_for_the_targets_own_token(remaining: int, length: int) -> None:
+    model = counting()
     drafter = cascade(model, min_draft=6)
     view = view_of([0, 1], remaining)
     assert len(drafter.propose([drafter.open(view)], [view], [Budget(9, 9)])[0]) == length
     assert model.forwards == length
 
 
-def test_an_empty_budget_does_not_even_read_the_prompt(table_model) -> None:
-    model = counting(table_model)
+def test_an_empty_budget_does_not_even_read_the_prompt() -> None:
+    model = counting()
     drafter = cascade(model)
     view = view_of([0, 1])
     assert drafter.propose([drafter.open(view)], [view], [Budget(0, 0)]) == [EMPTY_DRAFT]
     assert model.forwards == 0
 
 
-def test_scores_are_the_intermediates_own_path_products_and_prices_cut_the_chain(table_model) -> None:
-    model = table_model.random(VOCAB, seed=8)
+def test_scores_are_the_intermediates_own_path_products_and_prices_cut_the_chain() -> None:
+    model = TableModel(VOCAB, seed=8)
     drafter, view = cascade(model, min_draft=4), view_of([0, 1])
     draft = drafter.propose([drafter.open(view)], [view], [Budget(9, 9)])[0]
     text, expected, product = [0, 1], [], 1.0
     for token in draft.tokens:
-        product *= float(model.table[text[-2], text[-1]].softmax(-1)[token])
+        product *= float(model.row(text).softmax(-1)[token])
         expected.append(product)
         text.append(token)
     assert draft.scores == pytest.approx(expected, rel=1e-5)  # fp32 rounding
@@ -255,25 +253,25 @@ def test_scores_are_the_intermediates_own_path_products_and_prices_cut_the_chain
     assert len(drafter.propose([drafter.open(view)], [view], [Budget(9, 9, min_score=price)])[0]) == 2
 
 
-def test_the_stop_hook_sees_the_least_lead_of_a_round(table_model) -> None:
-    model, leads = counting(table_model), []
+def test_the_stop_hook_sees_the_least_lead_of_a_round() -> None:
+    model, leads = counting(), []
     drafter = cascade(model, min_draft=5, stop=lambda lead: leads.append(lead) or len(leads) == 3)
     view = view_of([0, 1])
     assert len(drafter.propose([drafter.open(view)], [view], [Budget(9, 9)])[0]) == 3
-    assert leads == pytest.approx([18.0] * 3, abs=1e-4)  # 9 against -9
+    assert leads == pytest.approx([9.0] * 3, abs=1e-4)  # of a log-softmax in fp32
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
-def test_the_ratio_rule_gets_the_distributions_that_tokens_were_drawn_from(table_model, generate, noise: float) -> None:
-    model = table_model.random(4, seed=9)
-    near, params = model.perturbed(noise), SamplingParams(max_new_tokens=20, temperature=1.3, top_k=3)
+def test_the_ratio_rule_gets_the_distributions_that_tokens_were_drawn_from(generate, noise: float) -> None:
+    model, near = TableModel(4, seed=9), TableModel(4, seed=9, blur=noise)
+    params = SamplingParams(max_new_tokens=20, temperature=1.3, top_k=3)
     run = generate(model, [[0, 1]] * 3, params, draft_model(near), rule="ratio")
     for verdicts in run.verdicts:
         text = [0, 1]
         for verdict in verdicts:
             path = text.copy()
             for token, q in zip(verdict.draft.tokens, verdict.draft.q_rows if len(verdict.draft) else (), strict=True):
-                row = near.table[path[-2], path[-1]] / 1.3
+                row = near.row(path) / 1.3
                 row[row < row.topk(3).values[-1]] = -torch.inf
                 torch.testing.assert_close(q, row.softmax(-1), atol=1e-6, rtol=1e-4)  # the noise was added and taken off
                 path.append(token)
@@ -291,8 +289,8 @@ class FakeTokenizer:
         return self._fingerprint
 
 
-def test_a_stranger_to_the_targets_tokens_is_refused(table_model) -> None:
-    model, wider = table_model.random(VOCAB, seed=1), table_model.random(VOCAB + 1, seed=1)
+def test_a_stranger_to_the_targets_tokens_is_refused() -> None:
+    model, wider = TableModel(VOCAB), TableModel(VOCAB + 1)
     with pytest.raises(ModelError, match="different tokenizers"):
         draft_model(model, FakeTokenizer("a")).prepare(TargetParts(model, FakeTokenizer("b")))
     with pytest.raises(ModelError, match="8 tokens"):

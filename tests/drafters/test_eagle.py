@@ -1,0 +1,465 @@
+import json
+import math
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantspec.core.drafter import TargetParts, View
+from quantspec.core.noise import Stream
+from quantspec.core.sampling import WarpChain
+from quantspec.core.verify import Verifier
+from quantspec.drafters.cascade import Cascade
+from quantspec.drafters.config import CascadeOptions, EagleOptions
+from quantspec.drafters.draft_model import draft_model
+from quantspec.drafters.eagle import Eagle, EagleState
+from quantspec.drafters.eagle_head import HeadConfig
+from quantspec.errors import ModelError, UsageError
+from quantspec.models.load import load_model
+from quantspec.types import EMPTY_DRAFT, Budget, Draft, SamplingParams, Verdict
+
+VOCAB, HIDDEN, MLP, HEADS, KV_HEADS = 48, 32, 48, 4, 2
+HEAD_DIM = HIDDEN // HEADS
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": MLP,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "max_position_embeddings": 128,
+    "rope_theta": 100.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+
+
+def layer_tensors(prefix: str, generator: torch.Generator, scale: float) -> dict[str, Tensor]:
+    def random(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * columns**-0.5
+
+    kv = KV_HEADS * HEAD_DIM
+    return {
+        f"{prefix}self_attn.q_proj.weight": 2 * random(HIDDEN, HIDDEN),
+        f"{prefix}self_attn.k_proj.weight": 2 * random(kv, HIDDEN),
+        f"{prefix}self_attn.v_proj.weight": random(kv, HIDDEN),
+        f"{prefix}self_attn.o_proj.weight": scale * random(HIDDEN, HIDDEN),
+        f"{prefix}mlp.gate_proj.weight": random(MLP, HIDDEN),
+        f"{prefix}mlp.up_proj.weight": random(MLP, HIDDEN),
+        f"{prefix}mlp.down_proj.weight": scale * random(HIDDEN, MLP),
+        f"{prefix}post_attention_layernorm.weight": 1 + 0.1 * torch.randn(HIDDEN, generator=generator),
+    }
+
+
+def save(folder: Path, config: dict, tensors: dict[str, Tensor]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def model_folder(folder: Path, blur: float = 0.0) -> Path:
+    """A random Llama that mostly counts up by seven, so that a head can foresee part of its text."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = 0.6 * torch.randn(VOCAB, HIDDEN, generator=generator)
+    tensors = {
+        "model.embed_tokens.weight": embedding,
+        "lm_head.weight": embedding.roll(7, 0),
+        "model.norm.weight": torch.ones(HIDDEN),
+    }
+    for i in range(2):
+        prefix = f"model.layers.{i}."
+        tensors |= layer_tensors(prefix, generator, 0.25) | {f"{prefix}input_layernorm.weight": torch.ones(HIDDEN)}
+    for name, tensor in tensors.items():
+        if "layers" in name:
+            tensors[name] = tensor + blur * tensor.std() * torch.randn(tensor.shape, generator=generator)
+    return save(folder, CONFIG, tensors)
+
+
+def head_tensors(seed: int = 1, scale: float = 0.3) -> dict[str, Tensor]:
+    """A head that mostly repeats the token's embedding, normed, and is otherwise random."""
+    generator = torch.Generator().manual_seed(seed)
+    fc = torch.cat([torch.eye(HIDDEN) / 0.6, torch.zeros(HIDDEN, HIDDEN)], dim=1)
+    fc += 0.1 * torch.randn(fc.shape, generator=generator)
+    bias = 0.1 * torch.randn(HIDDEN, generator=generator)
+    return {"fc.weight": fc, "fc.bias": bias} | layer_tensors("layers.0.", generator, scale)
+
+
+HEAD_CONFIG = {**CONFIG, "architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory):
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("eagle")
+    tau = {"quantspec": {"tau": {"0.8": 0.7}}}
+    save(root / "head", HEAD_CONFIG | tau, head_tensors())
+    return {
+        "target": load_model(model_folder(root / "target")),
+        "relative": load_model(model_folder(root / "relative", blur=0.1)),
+        "stranger": load_model(model_folder(root / "stranger", blur=9.0)),
+        "head": root / "head",
+    }
+
+
+# --- the network against an independent, dense computation ------------------------------------------------------------
+
+
+def oracle(tensors: dict[str, Tensor], embedding: Tensor, features: Tensor, tokens: list[int]) -> Tensor:
+    """Outputs ``[n, H]`` of slots 0 .. n-1 from ``features [n, H]`` and ``tokens [n]``, all at once, without caches."""
+    n = len(tokens)
+    weight = {name.removeprefix("layers.0."): tensor for name, tensor in tensors.items()}
+    x = torch.cat([embedding[tokens], features], dim=1) @ weight["fc.weight"].T + weight["fc.bias"]
+
+    def rotated(name: str, heads: int) -> Tensor:
+        y = (x @ weight[f"self_attn.{name}_proj.weight"].T).view(n, heads, HEAD_DIM).double()
+        pairs = torch.complex(y[..., : HEAD_DIM // 2], y[..., HEAD_DIM // 2 :])
+        frequency = 100.0 ** (-torch.arange(0, HEAD_DIM, 2).double() / HEAD_DIM)
+        angle = torch.arange(n).double()[:, None] * frequency
+        pairs = pairs * torch.polar(torch.ones_like(angle), angle)[:, None]
+        return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+    q, k = rotated("q", HEADS), rotated("k", KV_HEADS)
+    v = (x @ weight["self_attn.v_proj.weight"].T).view(n, KV_HEADS, HEAD_DIM).double()
+    mixed = torch.zeros(n, HEADS, HEAD_DIM, dtype=torch.float64)
+    for i, head in product(range(n), range(HEADS)):
+        group = head // (HEADS // KV_HEADS)
+        attention = (k[: i + 1, group] @ q[i, head] / HEAD_DIM**0.5).softmax(0)
+        mixed[i, head] = attention @ v[: i + 1, group]
+    x = x + mixed.flatten(1).float() @ weight["self_attn.o_proj.weight"].T
+    normed = x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * weight["post_attention_layernorm.weight"]
+    gate, up = (normed @ weight[f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    return x + (F.silu(gate) * up) @ weight["mlp.down_proj.weight"].T
+
+
+def oracle_log_probs(tensors, model, features: Tensor, tokens: list[int], path: list[int]) -> Tensor:
+    """The head's log-probabilities ``[V]`` after ``path``, drafted below ``tokens`` of which all but the last have features."""
+    embedding = model.embed(range(VOCAB))
+    for drafted in range(len(path) + 1):
+        outputs = oracle(tensors, embedding, features, [*tokens[1:], *path[:drafted]])
+        features = torch.cat([features, outputs[-1:]])  # what follows continues from the estimate
+    return model.head(outputs[-1:])[0].log_softmax(-1)
+
+
+def view_of(tokens: list[int], params: SamplingParams | None = None, remaining: int = 20, stop_ids=frozenset()) -> View:
+    chain = WarpChain(params or SamplingParams(), tokens[:1], stop_ids)
+    return View(tuple(tokens), 1, chain, chain.start(), Stream(5), stop_ids, remaining, VOCAB)
+
+
+def eagle(family, **options) -> Eagle:
+    drafter = Eagle(family["head"], EagleOptions(**options))
+    drafter.prepare(TargetParts(family["target"]))
+    return drafter
+
+
+def observed(drafter: Eagle, features: Tensor) -> EagleState:
+    state = drafter.open(view_of([0] * (len(features) + 1)))
+    drafter.observe(state, Verdict((), (), 0, (0,), ("target",), taps={"norm": features}))
+    return state
+
+
+def propose(drafter: Eagle, state: EagleState, view: View, budget: Budget) -> Draft:
+    return drafter.propose([state], [view], [budget])[0]
+
+
+def text_and_features(length: int, seed: int = 3) -> tuple[list[int], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCAB, (length,), generator=generator).tolist()
+    return tokens, torch.randn(length - 1, HIDDEN, generator=generator)
+
+
+def same(a: Draft, b: Draft) -> None:
+    assert (a.tokens, a.parents) == (b.tokens, b.parents)
+    assert a.scores == pytest.approx(b.scores, rel=1e-4)  # sums over keys in another order, in fp32
+
+
+@pytest.mark.parametrize("length", [2, 9])
+def test_every_node_scores_what_a_dense_recomputation_of_its_path_gives(family, length: int) -> None:
+    tokens, features = text_and_features(length)
+    drafter = eagle(family, top_k=5, depth=4)
+    draft = propose(drafter, observed(drafter, features), view_of(tokens), Budget(15, 4))
+    assert len(draft) == 15 and max(draft.depths()) >= 2
+    paths: list[list[int]] = []
+    for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
+        paths.append([*(paths[parent] if parent >= 0 else []), token])
+        log_score = sum(
+            float(oracle_log_probs(head_tensors(), family["target"], features, tokens, paths[-1][:i])[paths[-1][i]])
+            for i in range(len(paths[-1]))
+        )
+        # Attention sums in another order and in fp32: relative differences of 1e-6, magnified by a few layers.
+        assert math.log(draft.scores[node]) == pytest.approx(log_score, abs=1e-4)
+
+
+def test_the_tree_holds_the_best_of_all_paths(family) -> None:
+    """With every token as a child, growing only the frontier must find the best nodes of the whole tree of depth 2."""
+    tokens, features = text_and_features(5)
+    drafter = eagle(family, top_k=VOCAB, depth=2)
+    draft = propose(drafter, observed(drafter, features), view_of(tokens), Budget(9, 9))
+    first = oracle_log_probs(head_tensors(), family["target"], features, tokens, [])
+    scores = {(a,): float(first[a]) for a in range(VOCAB)}
+    for a in first.topk(12).indices.tolist():  # nothing below the 12 best can be among the 9 best
+        second = oracle_log_probs(head_tensors(), family["target"], features, tokens, [a])
+        scores |= {(a, b): float(first[a] + second[b]) for b in range(VOCAB)}
+    best = sorted(scores, key=lambda path: -scores[path])[:9]
+    found = [
+        (token,) if parent < 0 else (draft.tokens[parent], token)
+        for token, parent in zip(draft.tokens, draft.parents, strict=True)
+    ]
+    assert set(found) == set(best)
+
+
+def test_at_temperature_the_scores_carry_the_noise_and_tau(family) -> None:
+    tokens, features = text_and_features(4)
+    drafter = eagle(family, top_k=3, depth=1)
+    params = SamplingParams(temperature=0.8)
+    view = view_of(tokens, params)
+    draft = propose(drafter, observed(drafter, features), view, Budget(3, 9))
+    logits = oracle_log_probs(head_tensors(), family["target"], features, tokens, [])
+    coupled = logits / 0.8 - torch.tensor(view.stream.noise(len(tokens), VOCAB))
+    expected = (coupled / 0.7).softmax(-1).topk(3)
+    assert draft.tokens == tuple(expected.indices.tolist())
+    assert draft.scores == pytest.approx(expected.values.tolist(), rel=1e-3)  # fp32 logits, divided twice
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_keeping_state_equals_starting_afresh(family, seed: int) -> None:
+    """Fill by fill, with trees in between, rejections, confirmations: drafts are those of a fresh state."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, features = text_and_features(40, seed)
+    drafter = eagle(family, top_k=3, depth=3)
+    state, known, final = observed(drafter, features[:3]), 3, 1
+    for _ in range(8):
+        same(
+            propose(drafter, state, view_of(tokens[: known + 1]), Budget(8, 9)),
+            propose(drafter, observed(drafter, features[:known]), view_of(tokens[: known + 1]), Budget(8, 9)),
+        )
+        assert state.count == state.filled == known
+        step = int(torch.randint(3, (1,), generator=generator))
+        if step == 0 and known > final:
+            known = int(torch.randint(final, known, (1,), generator=generator))
+            drafter.truncate(state, known)
+            tokens[known:] = torch.randint(VOCAB, (len(tokens) - known,), generator=generator).tolist()
+            features[known:] = torch.randn(len(features) - known, HIDDEN, generator=generator)
+        elif step == 1:
+            final = known
+            drafter.finalize(state, final + 1)
+            assert len(state.features) <= 2
+        more = int(torch.randint(1, 4, (1,), generator=generator))
+        drafter.observe(state, Verdict((), (), 0, (0,), (), taps={"norm": features[known : known + more]}))
+        known += more
+
+
+def test_a_long_prompt_is_read_in_chunks(family, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, features = text_and_features(30)
+    drafter = eagle(family, top_k=3, depth=2)
+    whole = propose(drafter, observed(drafter, features), view_of(tokens), Budget(6, 9))
+    monkeypatch.setattr("quantspec.drafters.eagle._CHUNK", 8)
+    same(propose(drafter, observed(drafter, features), view_of(tokens), Budget(6, 9)), whole)
+
+
+# --- which feature, which token: a head one can compute by hand -------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reads", "first"), [("token", 8), ("feature", 4)])
+def test_the_last_slot_pairs_the_last_token_with_the_feature_before_it(tmp_path: Path, reads: str, first: int) -> None:
+    """Embedding, head and layers are the identity and ``fc`` adds one: drafts count up from what the slot read."""
+    size = 16
+    config = {**HEAD_CONFIG, "vocab_size": size, "hidden_size": size, "num_attention_heads": 2, "intermediate_size": 4}
+    add_one, nothing = 5 * torch.eye(size).roll(1, 0), torch.zeros(size, size)
+    tensors = {
+        "fc.weight": torch.cat([add_one, nothing] if reads == "token" else [nothing, add_one], dim=1),
+        "fc.bias": torch.zeros(size),
+        **{f"layers.0.self_attn.{name}_proj.weight": torch.zeros(size, size) for name in "qkvo"},
+        "layers.0.mlp.gate_proj.weight": torch.zeros(4, size),
+        "layers.0.mlp.up_proj.weight": torch.zeros(4, size),
+        "layers.0.mlp.down_proj.weight": torch.zeros(size, 4),
+        "layers.0.post_attention_layernorm.weight": torch.ones(size),
+    }
+
+    class Identity:
+        vocab_size = hidden_size = size
+
+        def embed(self, tokens) -> Tensor:
+            return torch.eye(size)[list(tokens)]
+
+        def head(self, x: Tensor) -> Tensor:
+            return x
+
+    drafter = Eagle(save(tmp_path / "head", config, tensors), EagleOptions(top_k=1, depth=3))
+    drafter.prepare(TargetParts(Identity()))
+    text = [11, 2, 3, 7]
+    state = observed(drafter, torch.eye(size)[text[:-1]])  # f_i marks its own token, for tokens 0 .. T-2
+    draft = propose(drafter, state, view_of(text), Budget(3, 3))
+    # By token: 7 is last, so 8, 9, 10. By feature: the last one known is that of the 3 before it, so 4, and on from there.
+    assert draft.tokens == (first, first + 1, first + 2)
+
+
+# --- the protocol -----------------------------------------------------------------------------------------------------
+
+
+def test_without_the_features_of_the_text_so_far_nothing_is_proposed(family) -> None:
+    tokens, features = text_and_features(6)
+    drafter = eagle(family)
+    state = observed(drafter, features[:4])
+    assert propose(drafter, state, view_of(tokens), Budget(8, 8)) is EMPTY_DRAFT  # a lag of two
+    drafter.observe(state, Verdict((), (), 0, (0,), (), taps={"norm": features[4:]}))
+    assert len(propose(drafter, state, view_of(tokens), Budget(8, 8))) == 8
+    drafter.truncate(state, 4)  # two tokens came back and one was put in their place
+    assert state.count == 4 and len(propose(drafter, state, view_of(tokens[:5]), Budget(8, 8))) == 8
+    drafter.close(state)
+
+
+def test_budget_depth_room_and_end_tokens_bound_the_tree(family) -> None:
+    tokens, features = text_and_features(6)
+    drafter = eagle(family, top_k=4, depth=5)
+    state = observed(drafter, features)
+
+    def draft(budget: Budget, **view) -> Draft:
+        return propose(drafter, state, view_of(tokens, **view), budget)
+
+    assert draft(Budget(0, 8)) is EMPTY_DRAFT
+    assert draft(Budget(8, 8), remaining=1) is EMPTY_DRAFT
+    assert max(draft(Budget(40, 8)).depths()) == 5
+    assert max(draft(Budget(40, 2)).depths()) == 2
+    assert max(draft(Budget(40, 8), remaining=4).depths()) == 3
+    free = draft(Budget(12, 8))
+    ended = draft(Budget(12, 8), stop_ids=frozenset({free.tokens[0]}))
+    assert 0 in free.parents and 0 not in ended.parents and ended.tokens[0] == free.tokens[0]
+    paid = draft(Budget(12, 8, min_score=0.2))
+    assert 0 < len(paid) < len(free) and min(paid.scores) > 0.2
+
+
+# --- text ---------------------------------------------------------------------------------------------------------------
+
+PROMPTS = [[seed % VOCAB, (7 * seed) % VOCAB, 5] for seed in range(32)]
+PARAMS = [SamplingParams(max_new_tokens=10), SamplingParams(max_new_tokens=10, temperature=0.8, top_p=0.95)] * 16
+
+
+def drafters(family) -> dict:
+    def cascade(model: str, inner, min_draft: int) -> Cascade:
+        return Cascade(inner, Verifier(family[model], stage="intermediate"), CascadeOptions(min_draft=min_draft))
+
+    def head() -> Eagle:
+        return Eagle(family["head"], EagleOptions(top_k=3, depth=3))
+
+    return {
+        "eagle": head(),
+        "draft": draft_model(family["relative"]),
+        "cascade": cascade("relative", head(), 5),
+        "cascade of strangers": cascade("stranger", head(), 5),
+        "nested": cascade("relative", cascade("stranger", head(), 2), 4),
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(family, generate):
+    return generate(family["target"], PROMPTS, PARAMS, eos=frozenset({9})).texts
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompts", "least", "most"),
+    [
+        ("eagle", 32, 1.3, 3.5),
+        ("draft", 32, 1.5, 5.0),
+        ("cascade", 32, 1.5, 5.0),
+        ("cascade of strangers", 6, 1.0, 1.5),
+        ("nested", 10, 1.3, 5.0),
+    ],
+)
+def test_text_is_that_of_plain_decoding(family, generate, plain, kind, prompts, least, most) -> None:
+    """Greedy and sampled in turn."""
+    drafter, eos = drafters(family)[kind], frozenset({9})
+    run = generate(family["target"], PROMPTS[:prompts], PARAMS[:prompts], drafter, budget=Budget(10, 6), eos=eos)
+    assert run.texts == plain[:prompts]
+    assert least <= run.acceptance <= most  # proposals are accepted, and rejected
+
+
+def test_stages_of_a_cascade(family, generate) -> None:
+    run = generate(family["target"], PROMPTS[:6], PARAMS[:6], drafters(family)["cascade"])
+    assert {s for verdicts in run.verdicts for verdict in verdicts for s in verdict.stages} == {"eagle", "intermediate", "target"}
+
+
+# --- loading ------------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, config: dict, tensors: dict[str, Tensor]) -> Eagle:
+    drafter = Eagle(save(folder, config, tensors))
+
+    class Target:
+        vocab_size, hidden_size = VOCAB, HIDDEN
+
+        def embed(self, tokens) -> Tensor:
+            return torch.zeros(len(tokens), HIDDEN)
+
+        def head(self, x: Tensor) -> Tensor:
+            return torch.zeros(len(x), VOCAB)
+
+    drafter.prepare(TargetParts(Target()))
+    return drafter
+
+
+def test_an_embedding_of_its_own_and_a_missing_bias_are_taken(tmp_path: Path) -> None:
+    tensors = head_tensors() | {"embed_tokens.weight": torch.randn(VOCAB, HIDDEN)}
+    assert load(tmp_path / "embedding", HEAD_CONFIG, tensors)._head.embed_weight is not None
+    del tensors["fc.bias"]
+    published = {key: value for key, value in CONFIG.items() if key != "model_type"} | {"num_hidden_layers": 1, "bias": False}
+    assert load(tmp_path / "no bias", published, tensors)._head.fc_bias is None
+
+
+def test_a_head_may_have_biases_on_queries_keys_and_values(tmp_path: Path) -> None:
+    tensors, config = head_tensors(), HEAD_CONFIG | {"model_type": "qwen2"}
+    for name, size in (("q", HIDDEN), ("k", KV_HEADS * HEAD_DIM), ("v", KV_HEADS * HEAD_DIM)):
+        tensors[f"layers.0.self_attn.{name}_proj.bias"] = torch.ones(size)
+    assert load(tmp_path / "qwen", config, tensors)._head.qkv_bias.shape == (HIDDEN + 2 * KV_HEADS * HEAD_DIM,)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        ({}, {"fc.bias": None}, "no tensor fc.bias"),
+        ({}, {"lm_head.weight": torch.ones(2, 2)}, "lm_head.weight has no place"),
+        ({}, {"fc.weight": torch.ones(HIDDEN, HIDDEN)}, "fc.weight is \\[32, 32\\]"),
+        ({"num_hidden_layers": 2}, {}, "one plain Llama layer"),
+        ({"hidden_size": 64, "num_attention_heads": 4}, {}, "target of width 64"),
+        ({"vocab_size": 50}, {}, "50 tokens"),
+        ({"quantspec": {"tua": {}}}, {}, "may only have"),
+        ({"quantspec": {"tau": {"0.8": 0}}}, {}, "tau"),
+        ({"quantspec": {"tau": [1]}}, {}, "tau"),
+        ({"auto_map": {}}, {}, "auto_map"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(tmp_path: Path, config: dict, change: dict, message: str) -> None:
+    tensors = {name: tensor for name, tensor in (head_tensors() | change).items() if tensor is not None}
+    with pytest.raises(ModelError, match=message):
+        load(tmp_path / "head", HEAD_CONFIG | config, tensors)
+
+
+def test_a_target_that_hands_out_no_parts_and_a_pickle_are_refused(tmp_path: Path, family) -> None:
+    class Bare:
+        vocab_size, hidden_size = VOCAB, HIDDEN
+
+    with pytest.raises(ModelError, match="does not hand out"):
+        Eagle(family["head"]).prepare(TargetParts(Bare()))
+    (tmp_path / "config.json").write_text(json.dumps(HEAD_CONFIG))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="pickle"):
+        Eagle(tmp_path).prepare(TargetParts(family["target"]))
+
+
+def test_tau_is_linear_between_temperatures(family) -> None:
+    config = HeadConfig.load(family["head"])
+    assert config.tau_at(0.3) == config.tau_at(1.5) == 0.7
+    several = HeadConfig(config.model, True, {0.5: 0.6, 1.0: 1.0})
+    assert [several.tau_at(t) for t in (0.2, 0.5, 0.75, 1.0, 2.0)] == pytest.approx([0.6, 0.6, 0.8, 1.0, 1.0])
+    assert HeadConfig(config.model, True, {}).tau_at(0.8) == 1.0
+
+
+@pytest.mark.parametrize("options", [{"top_k": 0}, {"depth": 0}])
+def test_impossible_trees_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="at least 1"):
+        EagleOptions(**options)
