@@ -67,6 +67,7 @@ class CountingCache:
 class KnownModel:
     """The logits of a row depend on its position alone: ``pool[position % POOL]``."""
 
+    weight_bytes = 0
     hidden_size = 1
     row_invariant = True
 

@@ -49,6 +49,7 @@ def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
     each thing that is not as asked for.
     """
     config = with_parts(config, notice)
+    _check_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = resolve(DEFAULT_TARGET if config.model == "default" else config.model)
@@ -99,6 +100,13 @@ def with_parts(config: EngineConfig, notice: Callable[[str], None]) -> EngineCon
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"method {method} needs {name}", hint=f"name it with {option} ({name}= in Python)")
     return replace(config, method=method, **parts)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a name torch does not know, or one this machine does not have
+        raise UsageError(f"device {device!r} cannot be used here", hint="see quantspec doctor") from error
 
 
 def _present(parts: dict[str, str]) -> bool:

@@ -84,10 +84,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
                 raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        if self.rule == "ratio" and self.method not in ("none", "draft"):
+        if self.rule == "ratio" and self.method == "eagle":
             raise UsageError(
-                "the ratio rule verifies chains with their probabilities, which only a draft model sends",
-                hint="use method draft, or the default rule",
+                "the ratio rule verifies chains, and an EAGLE head grows trees", hint="use the default rule"
             )
 
     @property

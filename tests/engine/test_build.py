@@ -104,6 +104,29 @@ def test_vllm_config_loads(family: dict[str, Path], llms: dict[str, LLM]) -> Non
     assert "draft model" in llm.describe()
 
 
+@pytest.mark.parametrize("method", ["none", "lookup", "draft", "cascade"])
+def test_ratio_rule_runs_and_is_labelled(family: dict[str, Path], method: str) -> None:
+    parts = {
+        "draft": {"draft_model": str(family["intermediate"])},
+        "cascade": {"draft_model": str(family["intermediate"]), "head": str(family["intermediate_head"])},
+    }
+    told: list[str] = []
+    llm = quantspec.load(
+        str(family["target"]),
+        method=method,
+        rule="ratio",
+        prompt_lookup_min=1,
+        notice=told.append,
+        **parts.get(method, {}),
+    )
+    stats = llm.generate(
+        "aaa aaa aaa", SamplingParams(max_new_tokens=12, temperature=0.8, seed=2, ignore_eos=True)
+    ).stats
+    assert told == []
+    assert (stats.exactness, stats.new_tokens) == ("exact_distribution", 12)
+    assert (stats.drafted_tokens > 0) == (method != "none")
+
+
 def test_weight_bytes_count_every_model(llms: dict[str, LLM]) -> None:
     bytes_of = {method: llm.weight_bytes for method, llm in llms.items()}
     assert bytes_of["none"] == bytes_of["lookup"]
@@ -129,6 +152,13 @@ def test_head_of_another_model_is_refused(family: dict[str, Path], tmp_path: Pat
     (head / "config.json").write_text(json.dumps(config | {"vocab_size": 999}))
     with pytest.raises(ModelError, match="999 tokens"):
         quantspec.load(str(family["target"]), head=str(head))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_unusable_device(device: str) -> None:
+    with pytest.raises(UsageError, match=f"device '{device}'") as caught:
+        quantspec.load("anything", method="none", device=device)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("part", ["model", "draft_model", "head"])

@@ -28,7 +28,7 @@ from quantspec.errors import UsageError
             "prompt_lookup_max must be a whole number of at least 5",
             None,
         ),
-        ({"rule": "ratio", "method": "eagle"}, "the ratio rule", "draft"),
+        ({"rule": "ratio", "method": "eagle"}, "the ratio rule verifies chains", "default rule"),
         ({"speculative_config": {"num_spec": 3}}, "unknown speculative_config key 'num_spec'", "num_speculative"),
         ({"speculative_config": {"method": "eagle3"}}, "method 'eagle3' is not supported", "ngram"),
         ({"speculative_config": {"num_speculative_tokens": 3}}, "needs a method or a model", None),
