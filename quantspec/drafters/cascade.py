@@ -1,9 +1,9 @@
 """The cascade: a drafter whose proposals an intermediate model verifies before the target sees them.
 
 This is the hierarchical method of SpecMQuant (arXiv 2505.22179) at any depth: ``propose`` runs ordinary rounds of
-``core.step`` against the intermediate, with any drafter below it, until enough tokens stand, and hands them over as one chain.
-What it commits there is provisional. When the target disagrees, the next ``propose`` takes the intermediate's session back
-to the common prefix; when the target goes the same way, tokens past its text are surplus and need no new round.
+``core.step`` against the intermediate, with any drafter below it, until enough tokens stand, and hands them over as one
+chain. What it commits there is provisional. When the target disagrees, the next ``propose`` takes the intermediate's
+session back to the common prefix; when the target goes the same way, tokens past its text are surplus, kept for free.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Drafted:
-    """One provisional token: the level that proposed it, the intermediate's estimate that its own verifier draws it too,
-    and, under the ratio rule, the distribution ``[V]`` it was drawn from."""
+    """One provisional token: the level that proposed it, how sure the intermediate was of it, and, under the ratio
+    rule, the distribution ``[V]`` it was drawn from."""
 
     stage: str
     probability: float
@@ -50,11 +50,11 @@ class CascadeState:
 
 
 class Cascade:
-    """Drafts chains of at least ``min_draft`` tokens that ``verifier``'s model, helped by the ``inner`` drafter, stands for.
+    """Drafts chains of at least ``min_draft`` tokens that ``verifier``'s model, helped by ``inner``, stands for.
 
     ``inner_budget`` says what one inner draft may cost. ``stop`` sees the intermediate's lead over its runner-up, in
-    log-score, at the least certain token of each inner round, and ends the draft where it returns True. A node's score is
-    the product of the intermediate's own coupled probabilities ``softmax(log q - log E)`` along the chain.
+    log-score, at the least certain token of each inner round, and ends the draft where it returns True. A node's score
+    is the product of the intermediate's own coupled probabilities ``softmax(log q - log E)`` along the chain.
     """
 
     needs = Needs()
@@ -82,11 +82,11 @@ class Cascade:
                 hint="a draft model must share its target's tokenizer",
             )
         if own != target:
-            raise ModelError(f"the {self.verifier.stage} model has {own} tokens and its target {target}: they do not fit")
+            raise ModelError(f"the {self.verifier.stage} model has {own} tokens, but its target {target}")
         self.inner.prepare(TargetParts(self.verifier.model, self.tokenizer))
 
     def open(self, view: View) -> CascadeState:
-        # The intermediate reads the prompt at the first draft, so that the target can stream its first token before that.
+        # The intermediate reads the prompt at the first draft, so that the target can stream its first token before.
         return CascadeState()
 
     def propose(self, states: Sequence[CascadeState], views: Sequence[View], budgets: Sequence[Budget]) -> list[Draft]:
@@ -172,7 +172,8 @@ class Cascade:
             state.session = None
 
     def describe(self) -> str:
-        return f"cascade: {self.inner.describe()}, verified by the {self.verifier.stage} model, {self.options.min_draft} tokens"
+        least, stage = self.options.min_draft, self.verifier.stage
+        return f"cascade: {self.inner.describe()}; chains of {least} tokens and more from the {stage} model"
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int], start: int) -> int:

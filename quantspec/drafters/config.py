@@ -23,7 +23,7 @@ class LookupOptions:
         _require(self.prompt_lookup_min >= 1, f"prompt_lookup_min must be at least 1, not {self.prompt_lookup_min}")
         _require(
             self.prompt_lookup_max >= self.prompt_lookup_min,
-            f"prompt_lookup_max ({self.prompt_lookup_max}) must not be below prompt_lookup_min ({self.prompt_lookup_min})",
+            f"prompt_lookup_max {self.prompt_lookup_max} must not be below prompt_lookup_min {self.prompt_lookup_min}",
         )
 
 
@@ -31,8 +31,8 @@ class LookupOptions:
 class EagleOptions:
     """Growth of the dynamic tree. The budget bounds how many of the grown nodes are verified.
 
-    ``top_k`` nodes per level are expanded, each into ``top_k`` children, down to ``depth`` levels (one forward of the head
-    each). The defaults suit a small family on a CPU, where a row of the verifier is not free; EAGLE-2's own are 10 and 7.
+    ``top_k`` nodes per level are expanded, each into ``top_k`` children, down to ``depth`` levels (one forward of the
+    head each). The defaults suit a small family on a CPU, where a verifier's row is not free; EAGLE-2 has 10 and 7.
     """
 
     top_k: int = 6

@@ -1,4 +1,4 @@
-"""An independent draft model is a cascade with nothing below it: each inner round is one plain step of the small model."""
+"""An independent draft model: a cascade with nothing below it, whose rounds are plain steps of the small model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """EAGLE-1 and -2 (arXiv 2401.15077, 2406.16858): a one-layer head on the target's features grows a dynamic tree.
 
 Slots, features and positions. Slot i holds the pair (f_i, t_{i+1}) at rotary position i, as in training, and predicts
-t_{i+2}. With T committed tokens the verifier has handed out f_0 .. f_{T-2}, so slots 0 .. T-2 can be filled, and slot T-2
-predicts the first drafted token. A drafted node at depth d (from 1) takes slot and position T-2+d, with its parent's
+t_{i+2}. With T committed tokens the verifier has handed out f_0 .. f_{T-2}, so slots 0 .. T-2 can be filled, and slot
+T-2 predicts the first drafted token. A drafted node at depth d (from 1) stands at position T-2+d, with its parent's
 output as its feature; siblings share the position.
 
 Keys and values stay only for slots that were filled from true features; those of a draft tree are written past them and
@@ -43,7 +43,7 @@ class _HeadedModel(Protocol):
 
 @dataclass(slots=True)
 class EagleState:
-    """``features`` are the true ones of tokens ``base`` on; slots ``0 .. filled-1`` of ``kv`` were made from true features.
+    """``features`` are the true ones of tokens ``base`` on; slots ``0 .. filled-1`` of ``kv`` were made from such.
 
     Invariant after every ``observe``: ``count`` equals the verifier's cached tokens.
     """
@@ -166,7 +166,7 @@ class Eagle:
         state.features = torch.cat((state.features, verdict.taps["norm"]))
 
     def truncate(self, state: EagleState, length: int) -> None:
-        # Slot length-1 is emptied too: its token was taken back. Its feature stays, so it is filled with the next token.
+        # Slot length-1 goes too, for its token was taken back; its feature stays, to be paired with the next token.
         state.filled = min(state.filled, length - 1)
         state.features = state.features[: max(length - state.base, 0)]
 
@@ -179,4 +179,4 @@ class Eagle:
         state.kv = state.kv.new_empty(0)
 
     def describe(self) -> str:
-        return f"EAGLE head {self.folder.name} (trees of depth {self.options.depth}, top {self.options.top_k} per level)"
+        return f"EAGLE head {self.folder.name}, trees of depth {self.options.depth}, {self.options.top_k} per level"

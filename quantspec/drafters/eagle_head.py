@@ -36,7 +36,7 @@ class HeadConfig:
 
     @classmethod
     def load(cls, folder: Path) -> HeadConfig:
-        """Read ``folder/config.json``: a one-layer Llama, as the EAGLE repository writes it, plus our ``quantspec`` section."""
+        """Read ``folder/config.json``: a one-layer Llama, as in published heads, plus our own section ``quantspec``."""
         raw, source = read_config(folder), str(folder / "config.json")
         model = ModelConfig.of({"model_type": "llama", **raw}, source)
         own = raw.get("quantspec", {})
@@ -94,7 +94,7 @@ def _taus(raw: Any, source: str) -> dict[float, float]:
 
 
 class EagleHead:
-    """The network. Plain batched torch operations: the text never depends on a drafter, so its rows need no fixed bits."""
+    """The network, in plain batched operations: no text depends on a drafter, so its rows need no fixed bits."""
 
     def __init__(self, config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
         """``tensors`` by checkpoint name, exactly ``config.shapes()`` and perhaps ``embed_tokens.weight``."""
@@ -116,17 +116,18 @@ class EagleHead:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> EagleHead:
-        """From a safetensors folder. Raises ``ModelError`` for a missing, unused or misshapen tensor, and for pickles."""
+        """From a safetensors folder. Raises ``ModelError`` for a missing, unused or misshapen tensor, or a pickle."""
         config, store = HeadConfig.load(folder), TensorStore(folder)
         shapes = config.shapes()
         if "embed_tokens.weight" in store:
             shapes["embed_tokens.weight"] = (config.model.vocab_size, config.model.hidden_size)
         for name in store.keys():  # noqa: SIM118 - a TensorStore is not a dict
             if name not in shapes:
-                raise ModelError(f"{folder}: tensor {name} has no place in an EAGLE head", hint="is it an EAGLE-1 or -2 head?")
+                raise ModelError(f"{folder}: tensor {name} has no place in an EAGLE head", hint="is it EAGLE-1 or -2?")
         for name, shape in shapes.items():
             if store.shape(name) != shape:
-                raise ModelError(f"{folder}: tensor {name} is {list(store.shape(name))}, but config.json asks for {list(shape)}")
+                found, asked = list(store.shape(name)), list(shape)
+                raise ModelError(f"{folder}: tensor {name} is {found}, but config.json asks for {asked}")
         return cls(config, {name: store.get(name).to(device, dtype) for name in shapes})
 
     def new_kv(self, capacity: int) -> Tensor:
@@ -139,9 +140,9 @@ class EagleHead:
     ) -> Tensor:
         """Outputs ``[m, H]`` of m slots, whose keys and values go to ``kv`` slots ``start`` on.
 
-        ``features [m, H]`` and ``embeddings [m, H]`` are the inputs; ``positions`` spans m rotary positions, or one that
-        all share. ``bias [m, w]`` is added to the scores of the last w slots (0 to see one, -inf not to); every slot
-        before those is seen by all.
+        ``features [m, H]`` and ``embeddings [m, H]`` are the inputs; ``positions`` spans m rotary positions, or one
+        that all share. ``bias [m, w]`` is added to the scores of the last w slots (0 to see one, -inf not to); every
+        slot before those is seen by all.
         """
         model = self.config.model
         m, kv_heads, end = features.shape[0], model.num_kv_heads, start + features.shape[0]

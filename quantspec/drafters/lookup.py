@@ -23,8 +23,8 @@ class LookupState:
 class PromptLookup:
     """Copies the continuation of the most recent match of the longest suffix as a chain.
 
-    The index grows and shrinks with the text, so a step costs a few dictionary look-ups however long the text is. A copy
-    that reaches the end of the text goes on into itself (as in LZ77), so a loop of any period is drafted at full length.
+    The index grows and shrinks with the text, so a step costs a few dictionary look-ups however long the text is. A
+    copy that reaches the end of the text goes on into itself (as in LZ77), so loops are drafted at full length.
     """
 
     needs = Needs()

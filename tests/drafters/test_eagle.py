@@ -107,7 +107,7 @@ def family(tmp_path_factory: pytest.TempPathFactory):
     }
 
 
-# --- the network against an independent, dense computation ------------------------------------------------------------
+# --- the network against an independent, dense computation ---
 
 
 def oracle(tensors: dict[str, Tensor], embedding: Tensor, features: Tensor, tokens: list[int]) -> Tensor:
@@ -138,7 +138,7 @@ def oracle(tensors: dict[str, Tensor], embedding: Tensor, features: Tensor, toke
 
 
 def oracle_log_probs(tensors, model, features: Tensor, tokens: list[int], path: list[int]) -> Tensor:
-    """The head's log-probabilities ``[V]`` after ``path``, drafted below ``tokens`` of which all but the last have features."""
+    """The log-probabilities ``[V]`` after ``path``, drafted below ``tokens``, all of which but the last have features."""
     embedding = model.embed(range(VOCAB))
     for drafted in range(len(path) + 1):
         outputs = oracle(tensors, embedding, features, [*tokens[1:], *path[:drafted]])
@@ -183,7 +183,8 @@ def test_every_node_scores_what_a_dense_recomputation_of_its_path_gives(family, 
     tokens, features = text_and_features(length)
     drafter = eagle(family, top_k=5, depth=4)
     draft = propose(drafter, observed(drafter, features), view_of(tokens), Budget(15, 4))
-    assert len(draft) == 15 and max(draft.depths()) >= 2
+    assert len(draft) == 15
+    assert max(draft.depths()) >= 2
     paths: list[list[int]] = []
     for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
         paths.append([*(paths[parent] if parent >= 0 else []), token])
@@ -262,7 +263,7 @@ def test_a_long_prompt_is_read_in_chunks(family, monkeypatch: pytest.MonkeyPatch
     same(propose(drafter, observed(drafter, features), view_of(tokens), Budget(6, 9)), whole)
 
 
-# --- which feature, which token: a head one can compute by hand -------------------------------------------------------
+# --- which feature, which token: a head one can compute by hand ---
 
 
 @pytest.mark.parametrize(("reads", "first"), [("token", 8), ("feature", 4)])
@@ -310,7 +311,8 @@ def test_without_the_features_of_the_text_so_far_nothing_is_proposed(family) -> 
     drafter.observe(state, Verdict((), (), 0, (0,), (), taps={"norm": features[4:]}))
     assert len(propose(drafter, state, view_of(tokens), Budget(8, 8))) == 8
     drafter.truncate(state, 4)  # two tokens came back and one was put in their place
-    assert state.count == 4 and len(propose(drafter, state, view_of(tokens[:5]), Budget(8, 8))) == 8
+    assert state.count == 4
+    assert len(propose(drafter, state, view_of(tokens[:5]), Budget(8, 8))) == 8
     drafter.close(state)
 
 
@@ -329,12 +331,15 @@ def test_budget_depth_room_and_end_tokens_bound_the_tree(family) -> None:
     assert max(draft(Budget(40, 8), remaining=4).depths()) == 3
     free = draft(Budget(12, 8))
     ended = draft(Budget(12, 8), stop_ids=frozenset({free.tokens[0]}))
-    assert 0 in free.parents and 0 not in ended.parents and ended.tokens[0] == free.tokens[0]
+    assert 0 in free.parents
+    assert 0 not in ended.parents
+    assert ended.tokens[0] == free.tokens[0]
     paid = draft(Budget(12, 8, min_score=0.2))
-    assert 0 < len(paid) < len(free) and min(paid.scores) > 0.2
+    assert 0 < len(paid) < len(free)
+    assert min(paid.scores) > 0.2
 
 
-# --- text ---------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 PROMPTS = [[seed % VOCAB, (7 * seed) % VOCAB, 5] for seed in range(32)]
 PARAMS = [SamplingParams(max_new_tokens=10), SamplingParams(max_new_tokens=10, temperature=0.8, top_p=0.95)] * 16
@@ -381,10 +386,11 @@ def test_text_is_that_of_plain_decoding(family, generate, plain, kind, prompts, 
 
 def test_stages_of_a_cascade(family, generate) -> None:
     run = generate(family["target"], PROMPTS[:6], PARAMS[:6], drafters(family)["cascade"])
-    assert {s for verdicts in run.verdicts for verdict in verdicts for s in verdict.stages} == {"eagle", "intermediate", "target"}
+    stages = {stage for verdicts in run.verdicts for verdict in verdicts for stage in verdict.stages}
+    assert stages == {"eagle", "intermediate", "target"}
 
 
-# --- loading ------------------------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load(folder: Path, config: dict, tensors: dict[str, Tensor]) -> Eagle:
@@ -407,7 +413,8 @@ def test_an_embedding_of_its_own_and_a_missing_bias_are_taken(tmp_path: Path) ->
     tensors = head_tensors() | {"embed_tokens.weight": torch.randn(VOCAB, HIDDEN)}
     assert load(tmp_path / "embedding", HEAD_CONFIG, tensors)._head.embed_weight is not None
     del tensors["fc.bias"]
-    published = {key: value for key, value in CONFIG.items() if key != "model_type"} | {"num_hidden_layers": 1, "bias": False}
+    published = {**CONFIG, "num_hidden_layers": 1, "bias": False}
+    del published["model_type"]
     assert load(tmp_path / "no bias", published, tensors)._head.fc_bias is None
 
 

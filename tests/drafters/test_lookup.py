@@ -11,16 +11,17 @@ from quantspec.errors import UsageError
 from quantspec.types import EMPTY_DRAFT, Budget, Draft, SamplingParams, Verdict
 
 
-def draft(drafter: PromptLookup, state: LookupState, tokens, remaining=100, budget=Budget(8, 8), stop=frozenset()) -> Draft:
+def draft(drafter, state, tokens, remaining: int = 100, budget: Budget | None = None, stop=frozenset()) -> Draft:
     view = SimpleNamespace(tokens=tuple(tokens), remaining=remaining, stop_ids=stop)
-    return drafter.propose([state], [view], [budget])[0]
+    return drafter.propose([state], [view], [budget or Budget(8, 8)])[0]
 
 
 def test_continues_the_most_recent_match_of_the_longest_suffix() -> None:
     drafter = PromptLookup(LookupOptions(prompt_lookup_max=3, prompt_lookup_min=1))
     text = [1, 2, 3, 10, 11, 9, 2, 3, 20, 21, 9, 3, 30, 1, 2, 3]
     found = draft(drafter, LookupState(), text, budget=Budget(2, 9))
-    assert found.tokens == (10, 11) and found.is_chain  # three tokens match at the front only
+    assert found.tokens == (10, 11)
+    assert found.is_chain
     assert draft(drafter, LookupState(), [*text[:-3], 2, 3], budget=Budget(2, 9)).tokens == (20, 21)
     assert draft(drafter, LookupState(), [*text[:-3], 3], budget=Budget(2, 9)).tokens == (30, 3)
 

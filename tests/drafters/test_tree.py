@@ -42,7 +42,8 @@ def test_expand_adds_the_parents_score_and_never_exceeds_it() -> None:
 @given(trees(), st.integers(0, 8))
 def test_rerank_is_closed_under_ancestors(tree: Tree, max_nodes: int) -> None:
     kept = rerank(tree.log_scores, max_nodes, free)
-    assert kept == sorted(set(kept)) and len(kept) <= max_nodes
+    assert kept == sorted(set(kept))
+    assert len(kept) <= max_nodes
     assert all(tree.parents[i] in (-1, *kept) for i in kept)
 
 
