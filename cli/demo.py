@@ -14,9 +14,11 @@ import click
 
 from quantspec import __version__
 from quantspec.calibrate.quantize.config import QuantizeConfig
+from quantspec.cli.invocation import Invocation
 from quantspec.cli.machine import processor
 from quantspec.cli.quantize import DENSE_DEFAULT, progress
 from quantspec.cli.render import megabytes, note, table
+from quantspec.cli.signals import resumable
 from quantspec.errors import VerificationError
 from quantspec.types import SamplingParams
 
@@ -65,13 +67,15 @@ class Row:
 @click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Tokens per prompt.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Folder for the quantized target. Default: a cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def demo(max_new_tokens: int, out: Path | None, as_json: bool) -> None:
+@click.pass_obj
+def demo(invocation: Invocation, max_new_tokens: int, out: Path | None, as_json: bool) -> None:
     """Quantize the default target to 4 bits, generate the same prompts with no drafter, with an EAGLE-2 tree and with
     the cascade, check that all texts are equal, and print one table. A second run reuses the quantized target."""
     params = SamplingParams(max_new_tokens=max_new_tokens, seed=0)
     import torch
 
-    target = _quantized_target(out or _cache() / f"default-{__version__}-w4")
+    with resumable(invocation.command):
+        target = _quantized_target(out or _cache() / f"default-{__version__}-w4")
     rows: list[Row] = []
     plain: list[Completion] = []
     for method, name in METHODS.items():

@@ -15,8 +15,7 @@ from quantspec.calibrate.quantize.config import Event, QuantizeConfig
 from quantspec.cli.invocation import Invocation
 from quantspec.cli.options import Flag, assemble, options_from
 from quantspec.cli.render import megabytes, note, table, use_color
-from quantspec.cli.signals import Terminated
-from quantspec.errors import Interrupted
+from quantspec.cli.signals import resumable
 
 if TYPE_CHECKING:
     from quantspec.calibrate.quantize.config import QuantizeReport
@@ -53,16 +52,8 @@ def quantize(invocation: Invocation, model: str, as_json: bool, **options: Any) 
 
     # `default` generates from a 4-bit copy; its dense original is what can be quantized.
     config = assemble(QuantizeConfig, options, model=resolve(DENSE_DEFAULT if model == "default" else model))
-    try:
-        with progress(sys.stderr.isatty()) as on_event:
-            report = run(config, on_event)
-    except Terminated as error:
-        stopped = Interrupted("terminated; finished layers are kept", hint=f"go on with: {invocation.command}")
-        stopped.exit_code = 143
-        raise stopped from error
-    except Interrupted as error:
-        error.hint = f"go on with: {invocation.command}"
-        raise
+    with resumable(invocation.command), progress(sys.stderr.isatty()) as on_event:
+        report = run(config, on_event)
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:

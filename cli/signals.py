@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
+from quantspec.errors import Interrupted
+
 
 class Terminated(BaseException):
     """SIGTERM, as ``KeyboardInterrupt`` is SIGINT."""
@@ -30,6 +32,18 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def resumable(command: str) -> Iterator[None]:
+    """However the block is interrupted, say that ``command``, given again, goes on from what is finished."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt, Terminated) as error:
+        stopped = Interrupted("interrupted; what is finished is kept", hint=f"go on with: {command}")
+        if isinstance(error, Terminated):
+            stopped.exit_code = 143
+        raise stopped from error
 
 
 class Stop:

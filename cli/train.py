@@ -18,8 +18,11 @@ from quantspec.calibrate.train.config import (
     RolloutConfig,
     Source,
 )
+from quantspec.cli.invocation import Invocation
 from quantspec.cli.options import Flag, assemble, field_names, options_from
+from quantspec.cli.signals import resumable
 
+ROLES = ("target", "intermediate")
 FLAGS = {
     "lr": Flag(help="Peak learning rate of AdamW (embeddings, norms, biases)."),
     "muon_lr": Flag(help="Peak learning rate of Muon (hidden matrices)."),
@@ -90,21 +93,20 @@ class SourceType(click.ParamType[Any, Any]):
         return Source(path, weight, held_out)
 
 
+class ResumableGroup(click.Group):
+    """However a subcommand is interrupted, the same command line goes on from its last saved state."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with resumable(ctx.ensure_object(Invocation).command):
+            return super().invoke(ctx)
+
+
 def _options(config: type, *skip: str) -> Any:
     shared = {name: flag for name, flag in FLAGS.items() if name in field_names(config)}
     return options_from(config, shared | OWN[config], skip)
 
 
-@click.group
-def train() -> None:
-    """Train tokenizers, language models and drafters.
-
-    Every recipe goes on from its last saved state when the same command is given again, and ends with one line of JSON.
-    """
-
-
-@train.command(short_help="A byte-level BPE tokenizer, and the corpus in its ids.")
-@click.option(
+data_option = click.option(
     "--data",
     "sources",
     type=SourceType(),
@@ -112,81 +114,83 @@ def train() -> None:
     required=True,
     help="JSONL, text, or .py folder (repeatable).",
 )
+preset_option = click.option(
+    "--preset", type=click.Choice(tuple(PRESETS)), default="cpu", show_default=True, help="Sizes of the family."
+)
+
+
+@click.group(cls=ResumableGroup)
+def train() -> None:
+    """Train tokenizers, language models and drafters.
+
+    Every recipe goes on from its last saved state when the same command is given again, and ends with one line of JSON.
+    """
+
+
+@train.result_callback()
+def report(record: dict[str, Any]) -> None:
+    """Print what a recipe returned."""
+    click.echo(json.dumps(record))
+
+
+@train.command(short_help="A byte-level BPE tokenizer, and the corpus in its ids.")
+@data_option
 @_options(CorpusConfig, "sources")
-def tokenizer(sources: tuple[Source, ...], **options: Any) -> None:
+def tokenizer(sources: tuple[Source, ...], **options: Any) -> dict[str, Any]:
     """Train a tokenizer on the data and store the data as token ids."""
     from quantspec.calibrate.train.corpus import build_corpus
 
     config = assemble(CorpusConfig, options, sources=sources)
-    _report({"out": str(config.out), "vocab_size": build_corpus(config).get_vocab_size()})
+    return {"out": str(config.out), "vocab_size": build_corpus(config).get_vocab_size()}
 
 
 @train.command(short_help="A decoder from scratch.")
-@click.option(
-    "--preset", type=click.Choice(tuple(PRESETS)), default="cpu", show_default=True, help="Sizes of the family."
-)
-@click.option(
-    "--role",
-    type=click.Choice(("target", "intermediate")),
-    default="target",
-    show_default=True,
-    help="Which member.",
-)
+@preset_option
+@click.option("--role", type=click.Choice(ROLES), default=ROLES[0], show_default=True, help="Which member of it.")
 @_options(LMConfig, "shape")
-def lm(preset: str, role: str, **options: Any) -> None:
+def lm(preset: str, role: str, **options: Any) -> dict[str, Any]:
     """Pretrain a Llama decoder on a corpus."""
     from quantspec.calibrate.train.lm import run
 
-    _report(run(assemble(LMConfig, options, shape=getattr(PRESETS[preset], role))))
+    return run(assemble(LMConfig, options, shape=getattr(PRESETS[preset], role)))
 
 
 @train.command(short_help="Text that a model writes, to distil from.")
 @_options(RolloutConfig)
-def rollout(**options: Any) -> None:
+def rollout(**options: Any) -> dict[str, Any]:
     """Let a (quantized) model write text from training prompts."""
     from quantspec.calibrate.train.rollout import run
 
-    config = assemble(RolloutConfig, options)
-    _report({"out": str(config.out), **run(config)})
+    return run(assemble(RolloutConfig, options))
 
 
 @train.command(short_help="An intermediate, from its target's text.")
 @_options(DistillConfig)
-def distill(**options: Any) -> None:
+def distill(**options: Any) -> dict[str, Any]:
     """Teach a small model to say what the (quantized) target says."""
     from quantspec.calibrate.train.distill import run
 
-    _report(run(assemble(DistillConfig, options)))
+    return run(assemble(DistillConfig, options))
 
 
 @train.command(short_help="An EAGLE head on a model.")
 @_options(EagleConfig)
-def eagle(**options: Any) -> None:
+def eagle(**options: Any) -> dict[str, Any]:
     """Train an EAGLE-1/2 head on a (quantized) model."""
     from quantspec.calibrate.train.eagle import run
 
-    _report(run(assemble(EagleConfig, options)))
+    return run(assemble(EagleConfig, options))
 
 
 @train.command(short_help="A whole family, end to end.")
-@click.option(
-    "--data",
-    "sources",
-    type=SourceType(),
-    multiple=True,
-    required=True,
-    help="JSONL, text, or .py folder (repeatable); the first is the one that is measured on.",
-)
-@click.option(
-    "--preset", type=click.Choice(tuple(PRESETS)), default="cpu", show_default=True, help="Sizes of the family."
-)
+@data_option
+@preset_option
 @_options(FamilyConfig, "sources", "preset")
-def family(sources: tuple[Source, ...], preset: str, **options: Any) -> None:
-    """Tokenizer, target, intermediate, their W4 copies and an EAGLE head for each, with a model card."""
+def family(sources: tuple[Source, ...], preset: str, **options: Any) -> dict[str, Any]:
+    """Tokenizer, target, intermediate, their W4 copies and an EAGLE head for each, with a model card.
+
+    Acceptance is measured on held-out documents of the first --data.
+    """
     from quantspec.calibrate.train.family import run
 
-    _report(run(assemble(FamilyConfig, options, sources=sources, preset=preset)))
-
-
-def _report(record: dict[str, Any]) -> None:
-    click.echo(json.dumps(record))
+    return run(assemble(FamilyConfig, options, sources=sources, preset=preset))
