@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantspec.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a model asks of its kernels. ``bits`` 16 stands for weights that are not quantized, ``group_size`` -1 for one
-    scale per output channel."""
+    """What a model asks of its kernels. ``bits`` 16: weights that are not quantized; ``group_size`` -1: one scale per
+    output channel."""
 
     device: str = "cpu"
     dtype: str = "float32"
@@ -50,16 +50,18 @@ class Backend:
         return None
 
 
-_ANY_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
-BACKENDS = (
-    Backend(
-        "reference-fast", "plain torch, fused attention", ("cpu", "cuda"), ("float32",), _ANY_BITS, None, None, row_invariant=False
-    ),
-    Backend(
-        "reference-exact", "plain torch, rows equal at any width", ("cpu", "cuda"), ("float32",), _ANY_BITS, None, None,
-        row_invariant=True,
-    ),
-)  # fmt: skip
+_REFERENCE = Backend(
+    name="reference-fast",
+    summary="plain torch, fused attention",
+    devices=("cpu", "cuda"),
+    dtypes=("float32",),
+    bits=(2, 3, 4, 5, 6, 7, 8, 16),
+    group_sizes=None,
+    max_rows=None,
+    row_invariant=False,
+)
+_EXACT = replace(_REFERENCE, name="reference-exact", summary="plain torch, rows equal at any width", row_invariant=True)
+BACKENDS = (_REFERENCE, _EXACT)
 """Fastest first."""
 
 

@@ -1,7 +1,7 @@
 """Checks, on the machine at hand, that the reference backend's rows keep their bits at any width.
 
-What torch's libraries promise is accuracy, not equal bits: which code runs depends on the processor, the number of threads
-and the shape. So exact mode is tested with the shapes of the model that is being loaded.
+What torch's libraries promise is accuracy, not equal bits: which code runs depends on the processor, the number of
+threads and the shape. So exact mode is tested with the shapes of the model that is being loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def choose_tiling(linear: Linear) -> Tiling:
     for tiling in (WHOLE, BLOCKS):
         linear.tiling = tiling
         whole = linear(x)
-        if all(torch.equal(linear(x[first : first + m].clone()), whole[first : first + m]) for m in _WIDTHS for first in (0, 68)):
+        pieces = [slice(first, first + m) for m in _WIDTHS for first in (0, 68)]
+        if all(torch.equal(linear(x[piece].clone()), whole[piece]) for piece in pieces):
             return tiling
     return SINGLE
 
@@ -36,10 +37,9 @@ def elementwise_is_invariant(hidden: int, inner: int, like: Tensor) -> bool:
     """Whether norms over ``hidden`` and the gate over ``inner`` give a row the same bits at any width."""
     x, gate_up, weight = (_random(*shape, like=like) for shape in ((132, hidden), (132, 2 * inner), (hidden,)))
     normed, gated = rms_norm(x, weight, 1e-5), swiglu(gate_up)
-    return all(
-        torch.equal(rms_norm(x[:m].clone(), weight, 1e-5), normed[:m]) and torch.equal(swiglu(gate_up[:m].clone()), gated[:m])
-        for m in _WIDTHS
-    )
+    equal_norms = (torch.equal(rms_norm(x[:m].clone(), weight, 1e-5), normed[:m]) for m in _WIDTHS)
+    equal_gates = (torch.equal(swiglu(gate_up[:m].clone()), gated[:m]) for m in _WIDTHS)
+    return all(equal_norms) and all(equal_gates)
 
 
 def attention_is_invariant(heads: int, kv_heads: int, head_dim: int, like: Tensor) -> bool:

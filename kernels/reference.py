@@ -3,8 +3,8 @@
 Exact mode gives a row the same bits at any width, tree, chunking and batch, because each operation is used only where
 torch's result for a row depends on that row alone. A CPU matmul (MKL) computes each output as a chain of fused
 multiply-adds over K, broken at fixed K, as long as the row count is a multiple of 4 and the column count one of 16;
-elementwise operations are those that IEEE 754 rounds correctly, and exp. ``invariance.py`` checks this on the machine at
-hand; where it fails, rows go through one by one.
+elementwise operations are those that IEEE 754 rounds correctly, and exp. ``invariance.py`` checks this on the machine
+at hand; where it fails, rows go through one by one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Linear:
         y = x.new_empty(x.shape[0], self.weight.shape[1])
         for first in range(0, x.shape[0], used):
             rows = x[first : first + used]
-            y[first : first + used] = torch.mm(F.pad(rows, (0, 0, 0, block - rows.shape[0])), self.weight)[: rows.shape[0]]
+            padded = F.pad(rows, (0, 0, 0, block - rows.shape[0]))
+            y[first : first + used] = torch.mm(padded, self.weight)[: rows.shape[0]]
         return y
 
 

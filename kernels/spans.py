@@ -15,9 +15,9 @@ LANES = 16
 BLOCK = 128
 """Logical positions whose weighted values are summed in one matmul."""
 MAX_TREE = 64
-"""Rows of a tree that may be attended together: with one ``BLOCK`` they stay within 192 slots, where MKL breaks its sums."""
+"""Rows of a tree that are attended together: with one ``BLOCK`` they stay within 192 slots, where MKL breaks sums."""
 TILE = 128
-"""Rows of a chain that are attended together: bounds the memory for scores, and skips most of what lies ahead of a row."""
+"""Rows of a chain that are attended together: bounds memory for scores, and skips most of what lies ahead of a row."""
 
 Block = tuple[int, int, Tensor | None]
 
@@ -36,8 +36,8 @@ class Span:
 
     ``mask [m, end - begin]`` is 0 where a row attends a slot and -inf elsewhere, each row repeated ``group`` times, for
     the query heads that share a key-value head; m is padded to ``ROWS``, and pad rows attend all slots. ``blocks`` are
-    ``(low, high, select)``: slots whose weighted values are summed together, in this order; ``select [high - low]`` of 0
-    and 1 (None: all) picks those whose logical position, which for a node is its depth, lies in the block.
+    ``(low, high, select)``: slots whose weighted values are summed together, in this order; ``select [high - low]`` of
+    0 and 1 (None: all) picks those whose logical position, which for a node is its depth, lies in the block.
     """
 
     rows: slice
@@ -55,7 +55,7 @@ class Span:
 def make_spans(
     cached: int, parents: Sequence[int], window: int | None, group: int, device: torch.device
 ) -> tuple[Span, ...]:
-    """For rows with ``parents`` (see ``Batch``) after ``cached`` slots; ``window`` keeps the last so many tokens of a path."""
+    """The spans of rows with ``parents`` (see ``Batch``) after ``cached`` slots; a ``window`` keeps the last of a path."""
     n = len(parents)
     if is_chain(parents):
         tiles = [slice(first, min(first + TILE, n)) for first in range(0, n, TILE)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,8 +21,9 @@ class KVCache:
     chains_only = False
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, max_length: int, max_nodes: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+        self, layers: int, kv_heads: int, head_dim: int, max_length: int, max_nodes: int, *,
+        device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
         self.length, self.max_length, self.kv_heads = 0, max_length, kv_heads
         self.capacity = max_length + max_nodes
         # Attention reads whole groups of LANES slots.
@@ -30,8 +32,9 @@ class KVCache:
             # Zeros, not garbage: slots that a row does not attend are multiplied by zero, and a NaN would survive that.
             self.kv = torch.zeros(shape, device=device, dtype=dtype)
         except RuntimeError as error:  # torch's out-of-memory errors, on CPU and GPU alike
-            size = torch.Size(shape).numel() * dtype.itemsize / 2**30
-            raise ResourceError(f"no memory for a cache of {max_length} tokens ({size:.1f} GiB)", hint="shorten the context") from error
+            size = math.prod(shape) * dtype.itemsize / 2**30
+            message = f"no memory for a cache of {max_length} tokens ({size:.1f} GiB)"
+            raise ResourceError(message, hint="shorten the context") from error
 
     @property
     def keys(self) -> torch.Tensor:
@@ -45,7 +48,7 @@ class KVCache:
 
     @torch.inference_mode()
     def commit(self, rows: Sequence[int]) -> None:
-        """Keep these rows of the last forward, in order, right after ``length``. A prefix 0, 1, 2, ... moves nothing."""
+        """Keep these rows of the last forward, in order, right after ``length``. A prefix 0, 1, ... moves nothing."""
         start, end = self.length, self.length + len(rows)
         assert end <= self.max_length, "more tokens than the cache was made for"
         moved = next((i for i, row in enumerate(rows) if row != i), len(rows))

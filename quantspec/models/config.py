@@ -1,4 +1,4 @@
-"""config.json of the architectures that run natively: Llama, Mistral, Qwen2 and Qwen3, read as plain JSON (no torch)."""
+"""config.json of the architectures that run natively: Llama, Mistral, Qwen2 and Qwen3. Plain JSON, no torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantspec.errors import ModelError
-from quantspec.numerics.scheme import Scheme
+from quantspec.errors import ModelError, UsageError
+from quantspec.numerics.scheme import CHANNEL, Scheme
 
 
 class UnsupportedModel(ModelError):
@@ -61,7 +61,7 @@ class ModelConfig:
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
-        """Read ``folder/config.json``. Raises ``ModelError`` (damaged, unsafe) or ``UnsupportedModel``, naming the key."""
+        """Read ``folder/config.json``. Raises ``ModelError`` (damaged, unsafe) or ``UnsupportedModel``."""
         return cls.of(read_config(folder), str(folder / "config.json"))
 
     @classmethod
@@ -76,8 +76,9 @@ class ModelConfig:
         hidden = _count(raw, "hidden_size", source)
         layers = _count(raw, "num_hidden_layers", source)
         max_positions = _count(raw, "max_position_embeddings", source)
-        if raw.get("hidden_act", "silu") != "silu":
-            raise UnsupportedModel(f"{source}: hidden_act {raw['hidden_act']!r} has no native decoder", hint=_NATIVE_HINT)
+        activation = raw.get("hidden_act", "silu")
+        if activation != "silu":
+            raise UnsupportedModel(f"{source}: hidden_act {activation!r} has no native decoder", hint=_NATIVE_HINT)
         config = cls(
             architecture=architecture,
             vocab_size=_count(raw, "vocab_size", source),
@@ -148,7 +149,7 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def _rope(raw: dict[str, Any], max_positions: int, source: str) -> Rope:
-    """transformers 5 writes ``rope_parameters``; older files ``rope_theta`` and ``rope_scaling`` (``rope_type`` or ``type``)."""
+    """transformers 5 writes ``rope_parameters``, older files ``rope_theta`` and ``rope_scaling`` (with ``type``)."""
     params = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
     params.pop("type", None)
@@ -159,12 +160,14 @@ def _rope(raw: dict[str, Any], max_positions: int, source: str) -> Rope:
         "yarn": ("factor",),
     }
     if kind not in required or params.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModel(f"{source}: rope scaling {kind!r} has no native decoder", hint="native are default, llama3, yarn")
+        hint = "native are default, llama3 and yarn"
+        raise UnsupportedModel(f"{source}: rope scaling {kind!r} has no native decoder", hint=hint)
     missing = [key for key in required[kind] if params.get(key) is None]
     if missing:
         raise ModelError(f"{source}: rope scaling {kind!r} has no {missing[0]}")
     if kind == "yarn":
-        params.setdefault("original_max_position_embeddings", raw.get("original_max_position_embeddings") or max_positions)
+        original = raw.get("original_max_position_embeddings") or max_positions
+        params.setdefault("original_max_position_embeddings", original)
     return Rope(theta, kind, params)
 
 
@@ -197,7 +200,12 @@ def _quantization(raw: dict[str, Any], source: str) -> Quantization | None:
     if len(groups) != 1 or not isinstance(groups[0].get("weights"), dict):
         raise UnsupportedModel(f"{source}: quantization_config must have exactly one group of weights")
     weights = groups[0]["weights"]
-    if groups[0].get("input_activations") is not None or weights.get("type", "int") != "int" or weights.get("actorder") == "group":
-        raise UnsupportedModel(f"{source}: only weight-only integer quantization without activation order indices is native")
-    group_size = weights.get("group_size") if weights.get("strategy", "group") == "group" else -1
-    return Quantization(Scheme(weights["num_bits"], group_size or -1, weights.get("symmetric", True)))
+    if groups[0].get("input_activations") is not None or weights.get("type", "int") != "int":
+        raise UnsupportedModel(f"{source}: only weight-only integer quantization is native")
+    if weights.get("actorder") == "group":
+        raise UnsupportedModel(f"{source}: quantization with activation order indices (actorder: group) is not native")
+    group_size = weights.get("group_size") if weights.get("strategy", "group") == "group" else CHANNEL
+    try:
+        return Quantization(Scheme(weights["num_bits"], group_size or CHANNEL, weights.get("symmetric", True)))
+    except (KeyError, TypeError, UsageError) as error:
+        raise ModelError(f"{source}: quantization_config is not valid ({error})") from error

@@ -13,7 +13,7 @@ from quantspec.kernels import reference
 from quantspec.kernels.invariance import attention_is_invariant, choose_tiling, elementwise_is_invariant
 from quantspec.kernels.reference import Linear, Tiling, rms_norm, rotate, swiglu
 from quantspec.kernels.spans import MAX_TREE, ROWS, Span, is_chain, make_spans
-from quantspec.models.base import Output
+from quantspec.models.base import Cache, Output
 from quantspec.models.cache import KVCache
 from quantspec.models.config import ModelConfig
 from quantspec.models.rope import RopeTable
@@ -59,10 +59,11 @@ class Decoder:
         weight_bytes: int, exact: bool,
     ) -> None:  # fmt: skip
         self.config, self.layers, self.weight_bytes = config, layers, weight_bytes
-        self.vocab_size, self.hidden_size, self.max_positions = config.vocab_size, config.hidden_size, config.max_positions
+        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
+        self.max_positions = config.max_positions
         self.embedding, self.norm, self._head, self.device = embedding, norm, head, embedding.device
         self._rope = RopeTable(config.rope, config.head_dim, self.device, embedding.dtype)
-        # Queries are scaled as they are rotated; values are "rotated" by cos 1 and sin 0, so that one operation does all.
+        # Queries are scaled as they are rotated; values are rotated by cos 1 and sin 0, so that one operation does all.
         sizes = torch.tensor([config.num_heads, config.num_kv_heads, config.num_kv_heads])
         per_head = torch.tensor([[config.head_dim**-0.5, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat_interleave(sizes, 0)
         self._turn, self._keep = per_head.to(self.device)[:, :, None].unbind(1)
@@ -72,7 +73,8 @@ class Decoder:
     def _is_invariant(self) -> bool:
         """Choose for each linear layer how exact matmuls take their rows, and check the elementwise operations."""
         tilings: dict[torch.Size, Tiling] = {}
-        for linear in [*(each for layer in self.layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)), self._head]:
+        linears = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        for linear in [*linears, self._head]:
             shape = linear.weight.shape
             if shape not in tilings:
                 tilings[shape] = choose_tiling(linear)
@@ -86,8 +88,9 @@ class Decoder:
 
     def new_cache(self, max_length: int, max_nodes: int) -> KVCache:
         """See ``CausalModel``."""
-        config, dtype = self.config, self.embedding.dtype
-        return KVCache(config.num_layers, config.num_kv_heads, config.head_dim, max_length, max_nodes, self.device, dtype)
+        config = self.config
+        sizes = (config.num_layers, config.num_kv_heads, config.head_dim, max_length, max_nodes)
+        return KVCache(*sizes, device=self.device, dtype=self.embedding.dtype)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """``[n, H]``."""
@@ -103,7 +106,7 @@ class Decoder:
         return self._head(self._pad(x))[:n].float()
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, caches: Sequence[KVCache], taps: Sequence[Tap] = ()) -> Output:
+    def forward(self, batch: Batch, caches: Sequence[Cache], taps: Sequence[Tap] = ()) -> Output:
         """See ``CausalModel``. In exact mode pad rows, which belong to no sequence, fill up the last tile."""
         n, parts = len(batch.tokens), self._parts(batch, caches)
         cos, sin = self._rotation(batch.positions())
@@ -130,18 +133,22 @@ class Decoder:
         self._rope.grow(max(positions) + 1)
         padded = [*positions, *(0 for _ in range(-len(positions) % self._row_multiple))]
         index = torch.tensor(padded, device=self.device)
-        return (self._rope.cos[index][:, None] * self._turn).add_(self._keep), self._rope.sin[index][:, None] * self._turn
+        cos, sin = self._rope.cos[index][:, None], self._rope.sin[index][:, None]
+        return (cos * self._turn).add_(self._keep), sin * self._turn
 
-    def _parts(self, batch: Batch, caches: Sequence[KVCache]) -> list[Part]:
-        parts, group = [], self.config.num_heads // self.config.num_kv_heads
-        for cache, start, end, cached in zip(caches, batch.seq_starts, batch.seq_starts[1:], batch.cached, strict=False):
-            assert cached == cache.length and cached + end - start <= cache.capacity, "the cache does not fit the batch"
+    def _parts(self, batch: Batch, caches: Sequence[Cache]) -> list[Part]:
+        parts, group, windows = [], self.config.num_heads // self.config.num_kv_heads, set(self.config.windows)
+        for s, cache in enumerate(caches):
+            assert isinstance(cache, KVCache)
+            start, end, cached = batch.seq_starts[s], batch.seq_starts[s + 1], batch.cached[s]
+            assert cached == cache.length, "the batch was made for another state of the cache"
+            assert cached + end - start <= cache.capacity, "more rows than the cache was made for"
             if start == end:
                 continue
             parents = batch.parents[start:end]
             apart = self._row_multiple > 1 and len(parents) > MAX_TREE and not is_chain(parents)
             attend = reference.attend_singly if apart else self._attend
-            spans = {window: make_spans(cached, parents, window, group, self.device) for window in set(self.config.windows)}
+            spans = {window: make_spans(cached, parents, window, group, self.device) for window in windows}
             parts.append(Part(slice(start, end), cache, cached, attend, spans))
         return parts
 

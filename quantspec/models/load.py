@@ -20,6 +20,7 @@ from quantspec.models.tensors import TensorStore
 from quantspec.numerics.affine import dequantize
 from quantspec.numerics.packing import unpack_weight
 
+_MISMATCH = "config.json and the weights belong to different models"
 _PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -27,7 +28,8 @@ def load_model(name: str | Path, *, device: str = "cpu", mode: str | None = None
     """Load a folder, a hub id or a name of the default family, in fp32.
 
     ``mode`` ``"exact"`` makes rows bit-identical at any width; ``"fast"`` does not, and is quicker. Default: exact on a
-    CPU, fast elsewhere. Raises ``ModelError`` for a folder that is missing, damaged, unsafe or of an unknown architecture.
+    CPU, fast elsewhere. Exact mode is checked at load, for the number of threads set then. Raises ``ModelError`` for a
+    folder that is missing, damaged, unsafe or of an unknown architecture.
     """
     if mode not in (None, "exact", "fast"):
         raise UsageError(f"mode must be exact or fast, not {mode!r}")
@@ -50,7 +52,7 @@ def load_model(name: str | Path, *, device: str = "cpu", mode: str | None = None
 
 
 def load_decoder(folder: Path, config: ModelConfig, device: torch.device, exact: bool) -> Decoder:
-    """The native decoder of a checkpoint. Raises ``ModelError`` for a tensor that is missing, misshapen or left over."""
+    """The native decoder of a checkpoint. Raises ``ModelError``: a tensor is missing, misshapen or left over."""
     weights = _Weights(folder, config, device)
     hidden, inner = config.hidden_size, config.intermediate_size
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -93,11 +95,7 @@ class _Weights:
 
     def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One tensor in fp32."""
-        if self._store.shape(name) != shape:
-            raise ModelError(
-                f"{self._store.folder}: {name} has shape {list(self._store.shape(name))}, config.json implies {list(shape)}",
-                hint="config.json and the weights belong to different models",
-            )
+        self._check(name, self._store.shape(name), shape)
         tensor = self._take(name)
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ModelError(f"{self._store.folder}: {name} is stored as {tensor.dtype}, which is not supported")
@@ -112,7 +110,8 @@ class _Weights:
     def linear(self, parts: Sequence[tuple[str, int]], in_features: int, bias: bool) -> Linear:
         """Layers that read the same input, fused into one. ``parts`` are names and output sizes."""
         weight = torch.cat([self._weight(name, (size, in_features)) for name, size in parts])
-        return Linear(weight, torch.cat([self.dense(f"{name}.bias", (size,)) for name, size in parts]) if bias else None)
+        biases = [self.dense(f"{name}.bias", (size,)) for name, size in parts] if bias else []
+        return Linear(weight, torch.cat(biases) if biases else None)
 
     def _weight(self, name: str, shape: tuple[int, int]) -> Tensor:
         quantization = self._config.quantization
@@ -120,16 +119,18 @@ class _Weights:
             return self.dense(f"{name}.weight", shape)
         suffixes = [suffix for suffix in _PACKED if f"{name}.{suffix}" in self._store]
         quantized = unpack_weight({suffix: self._take(f"{name}.{suffix}") for suffix in suffixes}, quantization.scheme)
-        if quantized.codes.shape != shape:
-            raise ModelError(f"{self._store.folder}: {name} holds {list(quantized.codes.shape)}, config.json implies {list(shape)}")
+        self._check(name, tuple(quantized.codes.shape), shape)
         return dequantize(quantized).to(self._device)
+
+    def _check(self, name: str, found: tuple[int, ...], implied: tuple[int, ...]) -> None:
+        if found != implied:
+            message = f"{name} has shape {list(found)}, config.json implies {list(implied)}"
+            raise ModelError(f"{self._store.folder}: {message}", hint=_MISMATCH)
 
     def refuse_leftovers(self) -> None:
         """Weights that the architecture does not use mean that config.json describes another model."""
         harmless = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if self._config.tied else ())
-        left = sorted(name for name in self._store.keys() if name not in self._taken and not name.endswith(harmless))
+        left = sorted(name for name in set(self._store.keys()) - self._taken if not name.endswith(harmless))
         if left:
-            raise ModelError(
-                f"{self._store.folder} has {len(left)} tensors that {self._config.architecture} does not use, such as {left[0]}",
-                hint="config.json and the weights belong to different models",
-            )
+            unused = f"{len(left)} tensors that {self._config.architecture} does not use, such as {left[0]}"
+            raise ModelError(f"{self._store.folder} has {unused}", hint=_MISMATCH)

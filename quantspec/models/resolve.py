@@ -27,7 +27,8 @@ def resolve(name: str | Path) -> Path:
         raise ModelError(f"{name} is a file, not a model folder", hint="give the folder that holds config.json")
     parts = name.split("/")
     if path.is_absolute() or len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~")):
-        raise ModelError(f"no model folder at {name}", hint="give a folder with config.json, or a hub id such as org/name")
+        hint = "give a folder with config.json, or a hub id such as org/name"
+        raise ModelError(f"no model folder at {name}", hint=hint)
     return _download(name)
 
 
@@ -35,7 +36,8 @@ def _family(name: str) -> Path:
     member = name.removeprefix(DEFAULT).lstrip("/") or "target"
     known = sorted(path.parent.name for path in FAMILY.glob("*/config.json"))
     if member not in known:
-        raise ModelError(f"the default family has no {member!r}", hint=f"it has {', '.join(known) or 'no weights installed'}")
+        hint = f"it has {', '.join(known) or 'no weights installed'}"
+        raise ModelError(f"the default family has no {member!r}", hint=hint)
     return FAMILY / member
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864), with the scaling rules of Llama 3 and YaRN (arXiv 2309.00071)."""
+"""Rotary position embedding (arXiv 2104.09864), with the scaling rules of Llama 3 and YaRN (arXiv 2309.00071)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _llama3(inv_freq: Tensor, params: dict[str, float]) -> Tensor:
 
 
 def _yarn(periods: Tensor, params: dict[str, float], theta: float, head_dim: int) -> tuple[Tensor, float]:
-    """Pairs that turn often within the original context are kept, those that turn rarely are stretched by ``factor``."""
+    """Pairs that turn often within the original context are kept; those that turn rarely are stretched."""
     factor, original = params["factor"], params["original_max_position_embeddings"]
 
     def pair_turning(rotations: float) -> float:

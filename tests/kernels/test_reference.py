@@ -11,8 +11,17 @@ from torch import Tensor
 
 from quantspec.kernels import invariance
 from quantspec.kernels.reference import (
-    BLOCKS, SINGLE, WHOLE, Linear, attend, attend_fast, attend_singly, rms_norm, rotate, swiglu,
-)  # fmt: skip
+    BLOCKS,
+    SINGLE,
+    WHOLE,
+    Linear,
+    attend,
+    attend_fast,
+    attend_singly,
+    rms_norm,
+    rotate,
+    swiglu,
+)
 from quantspec.kernels.spans import make_spans, round_up
 from quantspec.types import Batch
 
@@ -24,7 +33,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def plain_attention(q: Tensor, keys: Tensor, values: Tensor, cached: int, parents: tuple[int, ...], window: int | None) -> Tensor:
+def plain_attention(
+    q: Tensor, keys: Tensor, values: Tensor, cached: int, parents: tuple[int, ...], window: int | None
+) -> Tensor:
     """Row by row over each path, in double precision."""
     group, rows = q.shape[1] // keys.shape[0], []
     for i, path in enumerate(Batch.of([(parents, parents)], [cached]).ancestors()):
@@ -38,7 +49,10 @@ def plain_attention(q: Tensor, keys: Tensor, values: Tensor, cached: int, parent
 
 
 @pytest.mark.parametrize("window", [None, 1, 6, 140])
-@pytest.mark.parametrize("cached,parents", [(0, (-1,)), (0, tuple(range(-1, 20))), (125, TREE), (130, TREE), (300, (-1, 0, 1)), (5, (-1,) * 5)])
+@pytest.mark.parametrize(
+    "cached,parents",
+    [(0, (-1,)), (0, tuple(range(-1, 20))), (125, TREE), (130, TREE), (300, (-1, 0, 1)), (5, (-1,) * 5)],
+)
 def test_attention(cached: int, parents: tuple[int, ...], window: int | None) -> None:
     heads, kv_heads, d = 6, 2, 16
     n, slots = len(parents), round_up(cached + len(parents), 16)

@@ -11,36 +11,47 @@ import torch
 
 VOCAB = 160
 
-BASE = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=1024,
-)  # fmt: skip
-LLAMA3 = dict(
-    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-    original_max_position_embeddings=64,
-)  # fmt: skip
-YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+SLIDING_FIRST_AND_LAST = {
+    "use_sliding_window": True,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "llama-tied-mha": ("llama", dict(tie_word_embeddings=True, num_key_value_heads=4)),
-    "llama-biases-wide-heads": ("llama", dict(attention_bias=True, mlp_bias=True, head_dim=48, num_key_value_heads=1)),
-    "llama-llama3": ("llama", dict(rope_parameters=LLAMA3)),
-    "mistral-window": ("mistral", dict(sliding_window=9, head_dim=32)),
-    "mistral-wide-window": ("mistral", dict(sliding_window=150)),
-    "mistral-no-window": ("mistral", dict(sliding_window=None)),
-    "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
-    "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)),
-    "qwen2-yarn": ("qwen2", dict(rope_parameters=YARN)),
-    "qwen3": ("qwen3", dict(head_dim=32)),
-    "qwen3-bias-layer-types": (
-        "qwen3",
-        dict(
-            head_dim=16, attention_bias=True, use_sliding_window=True, sliding_window=5,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        ),
+    "llama-tied-mha": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama-biases-wide-heads": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 48, "num_key_value_heads": 1},
     ),
-}  # fmt: skip
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "mistral-window": ("mistral", {"sliding_window": 9, "head_dim": 32}),
+    "mistral-wide-window": ("mistral", {"sliding_window": 150}),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3-bias-layer-types": ("qwen3", {"head_dim": 16, "attention_bias": True, **SLIDING_FIRST_AND_LAST}),
+}
 
 
 class Pair:

@@ -12,7 +12,7 @@ from quantspec.models.cache import KVCache
 
 
 def make(max_length: int, max_nodes: int) -> KVCache:
-    return KVCache(2, 3, 4, max_length, max_nodes, torch.device("cpu"), torch.float32)
+    return KVCache(2, 3, 4, max_length, max_nodes, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_commit_gathers_and_truncate_forgets() -> None:

@@ -13,10 +13,16 @@ from quantspec.errors import ModelError
 from quantspec.models.config import ModelConfig, UnsupportedModel
 from quantspec.models.rope import RopeTable, inverse_frequencies
 
-LLAMA: dict[str, Any] = dict(
-    model_type="llama", vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-    max_position_embeddings=256,
-)  # fmt: skip
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -24,7 +30,7 @@ def test_defaults_of_each_architecture() -> None:
     llama = ModelConfig.of(LLAMA)
     assert (llama.num_kv_heads, llama.head_dim, llama.rms_norm_eps, llama.rope.theta) == (4, 16, 1e-6, 10000.0)
     assert llama.windows == (None,) * 4
-    assert not (llama.qkv_bias or llama.o_bias or llama.mlp_bias or llama.qk_norm or llama.tied)
+    assert not any((llama.qkv_bias, llama.o_bias, llama.mlp_bias, llama.qk_norm, llama.tied))
     other = LLAMA | {"num_key_value_heads": 2}
     assert ModelConfig.of(other | {"model_type": "mistral"}).windows == (4096,) * 4
     assert ModelConfig.of(other | {"model_type": "qwen2"}).qkv_bias
@@ -62,19 +68,21 @@ def test_old_and_new_rope_keys_agree(old: dict[str, Any], new: dict[str, Any]) -
 @pytest.mark.parametrize(
     "scaling",
     [
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "llama3", **LLAMA3},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
         {"rope_type": "yarn", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 8.0, "attention_factor": 0.7, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+        {"rope_type": "yarn", "factor": 8.0, "attention_factor": 0.7, "beta_fast": 16, "beta_slow": 2},
+        {"rope_type": "yarn", "factor": 8.0, "truncate": False},
         {"rope_type": "yarn", "factor": 8.0, "mscale": 0.8, "mscale_all_dim": 0.5},
         {"rope_type": "yarn", "factor": 1.0},
     ],
-)  # fmt: skip
+)
 def test_scaled_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    raw = {key: value for key, value in LLAMA.items() if key != "model_type"} | {"rope_parameters": {**scaling, "rope_theta": 700.0}}
+    raw = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    raw["rope_parameters"] = {**scaling, "rope_theta": 700.0}
     expected, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](LlamaConfig(**raw), torch.device("cpu"))
     inv_freq, ours = inverse_frequencies(ModelConfig.of({**raw, "model_type": "llama"}).rope, 16)
     assert ours == pytest.approx(factor, rel=1e-12)

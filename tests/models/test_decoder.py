@@ -85,7 +85,7 @@ def test_prefill_decode_tree_commit_truncate(pair: GetPair, name: str, mode: str
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3-bias-layer-types"])
 def test_batch_of_several_sequences(pair: GetPair, name: str, mode: str) -> None:
-    """A chain, a tree and a single row in one forward, over caches of different lengths; logits of trailing rows alone."""
+    """A chain, a tree and a single row in one forward, over caches of different lengths; logits of trailing rows."""
     reference = pair(name)
     model = load_model(reference.folder, mode=mode)
     texts = [random_tokens(n, seed=n) for n in (40, 3, 17)]

@@ -38,8 +38,9 @@ def prefilled(model: Decoder, text: list[int]) -> KVCache:
 
 
 def random_tree(rng: random.Random, n: int) -> tuple[list[int], list[int]]:
-    parents = [-1, *(rng.randrange(-1, i) if rng.random() < 0.3 else rng.randrange(max(0, i - 3), i) for i in range(1, n))]
-    return rng.choices(range(VOCAB), k=n), parents
+    """Mostly deep, with some branches that start anywhere."""
+    low = [-1 if rng.random() < 0.3 else max(0, i - 3) for i in range(n)]
+    return rng.choices(range(VOCAB), k=n), [-1, *(rng.randrange(low[i], i) for i in range(1, n))]
 
 
 @pytest.fixture(scope="module", params=["llama-biases-wide-heads", "mistral-wide-window", "qwen3", "target"])
