@@ -20,7 +20,7 @@ from quantspec.calibrate.quantize.interrupt import deferred_interrupt
 from quantspec.calibrate.quantize.layer import STAGES, DecoderLayer
 from quantspec.calibrate.quantize.plan import Plan
 from quantspec.calibrate.quantize.stream import HEAD, StreamedModel, layer_prefix, layer_weights
-from quantspec.calibrate.quantize.work import REPORT, WorkFolder, fingerprint
+from quantspec.calibrate.quantize.work import REPORT, WorkFolder, fingerprint, report_fingerprint
 from quantspec.errors import Interrupted, ModelError, ResourceError, UsageError
 from quantspec.models import atomic
 from quantspec.models.tensors import TensorStore
@@ -71,16 +71,18 @@ class _Run:
             self._rows(config.held_out or data.HELD_OUT, config.eval_samples, None) if config.eval_samples else None
         )
         identity = fingerprint(config, self.source.store.files, calibration)
+        seal = report_fingerprint(identity, held_out)
         if any(config.out.iterdir()) if config.out.is_dir() else config.out.exists():
+            report = _finished(config.out, seal)
             self._say("note", f"{config.out} is already the result of these settings")
-            return _finished(config, identity)
+            return report
         work = WorkFolder(config.out, identity, self.source.config.num_layers, config.resume)
         if work.discarded:
             self._say("note", "starting over: the unfinished run had another model, calibration text or settings")
         self._quantize_layers(work, calibration)
         self._write_rest(work)
         report = self._report(work, held_out)
-        atomic.write_json(work.path / REPORT, {"fingerprint": identity} | report.to_json())
+        atomic.write_json(work.path / REPORT, {"fingerprint": seal} | report.to_json())
         work.finish(config.out)
         return report
 
@@ -108,8 +110,6 @@ class _Run:
                     self._quantize_layer(work, index, hidden)
                 if interrupted():
                     raise KeyboardInterrupt
-                if hidden is not None and not torch.isfinite(hidden).all():
-                    raise ModelError(f"layer {index} of {self.config.model} gives NaN or Inf on the calibration text")
 
     def _finished_layer(self, work: WorkFolder, index: int) -> DecoderLayer:
         store = TensorStore(work.path, [work.shard(index)])
@@ -151,6 +151,8 @@ class _Run:
                     self._say("note", f"{prefix}{name}: round-to-nearest, because {solution.fallback_reason}")
         if hidden is not None:
             _pass_mlp(layer, hidden, self.config.device)
+            if not torch.isfinite(hidden).all():
+                raise ModelError(f"layer {index} of {self.config.model} gives NaN or Inf on the calibration text")
         work.record(tensors, results)
 
     def _account(self, layer: DecoderLayer, hidden: Tensor | None, hessian: Hessian | None) -> None:
@@ -230,15 +232,15 @@ def _pass_mlp(layer: DecoderLayer, hidden: Tensor, device: str) -> None:
         states.copy_(on_device + layer.linear("mlp.down_proj", layer.gated(layer.mlp_input(on_device))))
 
 
-def _finished(config: QuantizeConfig, identity: str) -> QuantizeReport:
+def _finished(out: Path, seal: str) -> QuantizeReport:
     """The report of an output that the same settings have already made. Raises ``UsageError`` for anything else
     there."""
     try:
-        report = json.loads((config.out / REPORT).read_text())
-        same = report.pop("fingerprint") == identity and atomic.verify_manifest(config.out)
+        report = json.loads((out / REPORT).read_text())
+        same = report.pop("fingerprint") == seal and atomic.verify_manifest(out)
     except (OSError, ValueError, KeyError, ModelError):
         same = False
     if not same:
-        raise UsageError(f"{config.out} exists already and is not empty", hint="remove it, or choose another --out")
+        raise UsageError(f"{out} exists already and is not empty", hint="remove it, or choose another --out")
     layers = [LayerResult(**result) for result in report.pop("layers")]
     return QuantizeReport(layers=layers, **report)

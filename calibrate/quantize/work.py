@@ -32,6 +32,12 @@ def fingerprint(config: QuantizeConfig, model_files: list[Path], calibration: Te
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def report_fingerprint(identity: str, held_out: Tensor | None) -> str:
+    """A sha256 of the run and the text that its report was measured on."""
+    rows = b"" if held_out is None else held_out.numpy().tobytes()
+    return hashlib.sha256(identity.encode() + rows).hexdigest()
+
+
 class WorkFolder:
     """Finished decoder layers on disk. ``results[i]`` are the linear layers of decoder layer i, in order."""
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from quantspec.calibrate.quantize.config import QuantizeConfig
 from quantspec.models import atomic
 
 HIDDEN, WIDE, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 128, 4, 2, 16, 64
@@ -84,3 +86,12 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("\n<|doc|>\n".join(documents))
     return path
+
+
+@pytest.fixture
+def configure(model: Path, text: Path, tmp_path: Path) -> Callable[..., QuantizeConfig]:
+    def make(out: str = "out", **options: Any) -> QuantizeConfig:
+        options = {"model": model, "calibration": text, "held_out": text, "group_size": 32} | options
+        return QuantizeConfig(out=tmp_path / out, num_samples=24, eval_samples=4, seq_len=64, **options)
+
+    return make
