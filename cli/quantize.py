@@ -76,7 +76,7 @@ def progress(terminal: bool) -> Iterator[Callable[[Event], None]]:
 
         def show(event: Event) -> None:
             if event.message:
-                bar.console.print(f"note: {event.message}", markup=False)
+                bar.console.print(f"note: {event.message}", markup=False, highlight=False)
             if event.result is not None:
                 result = event.result
                 bar.console.print(

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from quantspec.models.tokenizer import Tokenizer
     from quantspec.types import Chunk
 
-TARGET_STAGE = "target"
-_COLORS = ("green", "cyan", "yellow", "magenta", "blue")
-"""Of drafters, in order of first appearance; the target's own tokens stay as they are."""
+_COLORS = {"eagle": "green", "intermediate": "cyan", "draft": "magenta", "lookup": "yellow"}
+"""Of the levels that propose tokens; the target's own stay as they are."""
 
 
 def use_color(stream: TextIO) -> bool:
@@ -55,16 +54,9 @@ class StageColors:
         return colored + left
 
 
-_seen: list[str] = []
-
-
 def paint(text: str, stage: str) -> str:
     """``text`` in the colour of ``stage``."""
-    if stage == TARGET_STAGE:
-        return text
-    if stage not in _seen:
-        _seen.append(stage)
-    return click.style(text, fg=_COLORS[_seen.index(stage) % len(_COLORS)])
+    return click.style(text, fg=_COLORS[stage]) if stage in _COLORS else text
 
 
 def stage_colors(tokenizer: Tokenizer, enabled: bool) -> Callable[[Chunk], str]:
