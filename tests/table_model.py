@@ -165,7 +165,7 @@ class RandomDrafter(NoDrafter):
     def _tree(self, view: View) -> Draft:
         pick, paths = self.random, [()]
         tokens, parents = [], []
-        for node in range(pick.choice((0, 1, 3, 13))):
+        for node in range(pick.choice((0, 1, 3, 9))):
             parent = pick.choice((node - 1, pick.randrange(-1, node)))
             path = paths[parent + 1]
             known = pick.random() < self.knows

@@ -59,6 +59,7 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
+@lru_cache(maxsize=4096)
 def _seed(key: int, t: int) -> int:
     """Where position t starts on SplitMix64's sequence; v counts on from there."""
     return _mix(_mix(key) ^ (t * _WEYL & _MASK))

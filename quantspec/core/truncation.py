@@ -54,8 +54,11 @@ def truncate(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0)
     best = rows.max(axis=-1, keepdims=True)
     check_finite(best)
     prefixes = [min(top_k, size)] if top_k else [*(k for k in _PREFIXES if k < size), size]
-    # In fp32 and along rows, hence pairwise per row: the same sum in any company.
-    total = None if top_k or top_p == 1 else np.exp(rows - best).sum(axis=-1)
+    total = None
+    if top_p < 1 and not top_k:
+        mass = rows - best
+        # In fp32 and along rows, hence pairwise per row: the same sum in any company.
+        total = np.exp(mass, out=mass).sum(axis=-1)
     cut, count = np.empty(len(rows), np.float32), np.empty(len(rows), np.int64)
     todo = np.arange(len(rows))
     for k in prefixes:

@@ -28,7 +28,7 @@ from quantspec.drafters.cascade import Cascade
 from quantspec.drafters.config import CascadeOptions
 from quantspec.types import Budget, Draft, SamplingParams
 
-D, VOCAB, NEW, PROMPT = 6, 3, 3, (0,)
+D, VOCAB, NEW, PROMPT = 4, 3, 3, (0,)
 
 
 class RationalModel(TableModel):

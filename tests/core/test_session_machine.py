@@ -106,4 +106,4 @@ class SessionMachine(RuleBasedStateMachine):
 
 
 TestSession = SessionMachine.TestCase
-TestSession.settings = settings(max_examples=60, stateful_step_count=25, deadline=None, derandomize=True, database=None)
+TestSession.settings = settings(max_examples=40, stateful_step_count=25, deadline=None, derandomize=True, database=None)
