@@ -45,7 +45,22 @@ Preset `{config.preset}`, seed {config.seed}. Made by `quantspec train family`; 
 | `eagle-target` | EAGLE-1/2 head for `target-w4` |
 | `eagle-intermediate` | EAGLE-1/2 head for `intermediate-w4` |
 
-{_table(("model", "hidden", "layers", "heads (kv)", "mlp"), rows)}"""
+{_table(("model", "hidden", "layers", "heads (kv)", "mlp"), rows)}
+
+Made again by
+
+```
+{_command(config)}
+```"""
+
+
+def _command(config: FamilyConfig) -> str:
+    data = [f"--data {Path(s.path).name}:{s.weight:g}:{s.held_out}" for s in config.sources]
+    names = ("preset", "vocab_size", "target_minutes", "intermediate_minutes", "rollout_tokens", "rollout_minutes")
+    names += ("distill_minutes", "eagle_minutes", "seed")
+    values = [f"--{name.replace('_', '-')} {getattr(config, name)}" for name in names]
+    values += [f"--rollout-weights {weight:g}" for weight in config.rollout_weights]
+    return " \\\n  ".join(["quantspec train family", *data, *values, "--work WORK --out OUT"])
 
 
 def _data(corpus: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from quantspec.models.atomic import copy_file, make_folder, write_json, write_ma
 MEMBERS = ("target", "target-w4", "intermediate", "intermediate-w4", "eagle-target", "eagle-intermediate")
 _HELD_TEXTS = 180  # a third of them greedy
 _HELD_LENGTH = 384
-_NOT_SHIPPED = ("state.safetensors", "log.jsonl")
+_NOT_SHIPPED = ("state.safetensors", "log.jsonl", "quantize_report.json")
 
 
 def run(config: FamilyConfig) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def fit(
                 "lr_factor": factor,
                 **metrics,
             }
-            row["tokens_per_second"] = tokens_per_step / (time.monotonic() - began)
+            if tokens_per_step:
+                row["tokens_per_second"] = tokens_per_step / (time.monotonic() - began)
             _append(out / "log.jsonl", row)
             bar.show(progress, row)
         if evaluate and step % run.eval_every == 0 and workers.rank() == 0:
