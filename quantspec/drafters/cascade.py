@@ -39,14 +39,26 @@ class _Drafted:
 
 
 @dataclass(slots=True)
-class CascadeState:
-    """``drafted`` describes the last tokens of ``session``, those that the outer level has not committed."""
+class _Level:
+    """The intermediate's side of one sequence. ``drafted`` describes the last tokens of ``session``, which the outer
+    level has not committed yet."""
 
-    session: Session | None = None
-    inner: Any = None
+    session: Session
+    inner: Any
     drafted: list[_Drafted] = field(default_factory=list)
-    final: int = 0
     stopped: bool = False
+
+    def hungry(self, goal: int) -> bool:
+        """Whether another round is due on the way to ``goal`` tokens."""
+        return len(self.drafted) < goal and not self.stopped and self.session.finish is None
+
+
+@dataclass(slots=True)
+class CascadeState:
+    """``level`` is made by the first draft; ``final`` tokens are confirmed by the outermost target."""
+
+    level: _Level | None = None
+    final: int = 0
 
 
 class Cascade:
@@ -94,67 +106,65 @@ class Cascade:
             min(self.options.min_draft, budget.max_nodes, budget.max_depth, view.remaining - 1)
             for view, budget in zip(views, budgets, strict=True)
         ]
-        for state, view, goal in zip(states, views, goals, strict=True):
-            if goal > 0:
-                self._sync(state, view)
-        while True:
-            hungry = [state for state, goal in zip(states, goals, strict=True) if self._hungry(state, goal)]
-            if not hungry:
-                break
-            self._round(hungry, views[0].stream is None)
+        levels = [
+            self._sync(state, view) if goal > 0 else None
+            for state, view, goal in zip(states, views, goals, strict=True)
+        ]
+        while hungry := [level for level, goal in zip(levels, goals, strict=True) if level and level.hungry(goal)]:
+            self._round(hungry, ratio=views[0].stream is None)
         return [
-            _chain(state, view, budget) if goal > 0 else EMPTY_DRAFT
-            for state, view, budget, goal in zip(states, views, budgets, goals, strict=True)
+            _chain(level, view, budget) if level else EMPTY_DRAFT
+            for level, view, budget in zip(levels, views, budgets, strict=True)
         ]
 
-    def _sync(self, state: CascadeState, view: View) -> None:
+    def _sync(self, state: CascadeState, view: View) -> _Level:
         """Bring the intermediate's session to the outer text; what it has past that text stays as surplus."""
-        if state.session is None:
-            state.session = self.verifier.open(
-                view.tokens[: view.prompt_length],
-                view.chain,
-                view.stream or view.draft_stream,
-                view.stop_ids,
-                len(view.tokens) - view.prompt_length + view.remaining,
-            )
-            state.inner = self.inner.open(state.session.view())
-        session, outer = state.session, view.tokens
+        if state.level is None:
+            state.level = self._open(view)
+        level, outer = state.level, view.tokens
+        session = level.session
         common = _common_prefix(session.tokens, outer, session.final)
         if common < len(outer):
             if common < len(session.tokens):
-                self.inner.truncate(state.inner, common)
+                self.inner.truncate(level.inner, common)
             session.truncate(common, then=outer[common:])
-            state.drafted.clear()
+            level.drafted.clear()
         else:
-            del state.drafted[: len(state.drafted) - (len(session.tokens) - common)]
-        state.stopped = False
+            del level.drafted[: len(level.drafted) - (len(session.tokens) - common)]
+        level.stopped = False
         if state.final > session.final:
             session.finalize(state.final)
-            self.inner.finalize(state.inner, state.final)
+            self.inner.finalize(level.inner, state.final)
+        return level
 
-    def _hungry(self, state: CascadeState, goal: int) -> bool:
-        return len(state.drafted) < goal and not state.stopped and state.session.finish is None
+    def _open(self, view: View) -> _Level:
+        stream = view.stream or view.draft_stream
+        assert stream is not None, "a view has one or the other"
+        generated = len(view.tokens) - view.prompt_length
+        prompt = view.tokens[: view.prompt_length]
+        session = self.verifier.open(prompt, view.chain, stream, view.stop_ids, generated + view.remaining)
+        return _Level(session, self.inner.open(session.view()))
 
-    def _round(self, states: Sequence[CascadeState], ratio: bool) -> None:
+    def _round(self, levels: Sequence[_Level], ratio: bool) -> None:
         """One inner step for all these sequences."""
-        sessions = [state.session for state in states]
+        sessions = [level.session for level in levels]
         starts = [len(session.tokens) for session in sessions]
         verdicts = step(
             sessions,
-            [state.inner for state in states],
+            [level.inner for level in levels],
             self.inner,
             self.verifier,
             [self.inner_budget(session) for session in sessions],
             notice=self.notice,
             top_k=self.verifier.model.vocab_size if ratio else 2 if self.stop else 1,
         )
-        for state, verdict, start in zip(states, verdicts, starts, strict=True):
+        for level, verdict, start in zip(levels, verdicts, starts, strict=True):
             ids, scores = _emitted_rows(verdict)
             probabilities = scores[:, 0].exp().tolist()
-            q_rows = _proposal(state.session, ids, scores, start) if ratio else [None] * len(probabilities)
-            state.drafted += map(_Drafted, verdict.stages, probabilities, q_rows)
+            q_rows = _proposal(level.session, ids, scores, start) if ratio else [None] * len(probabilities)
+            level.drafted += map(_Drafted, verdict.stages, probabilities, q_rows)
             if self.stop:
-                state.stopped = self.stop(float((scores[:, 0] - scores[:, 1]).min()))
+                level.stopped = self.stop(float((scores[:, 0] - scores[:, 1]).min()))
 
     def observe(self, state: CascadeState, verdict: Verdict) -> None:
         """Nothing: the next view tells what was committed."""
@@ -167,9 +177,9 @@ class Cascade:
         state.final = length
 
     def close(self, state: CascadeState) -> None:
-        if state.session is not None:
-            self.inner.close(state.inner)
-            state.session = None
+        if state.level is not None:
+            self.inner.close(state.level.inner)
+            state.level = None
 
     def describe(self) -> str:
         least, stage = self.options.min_draft, self.verifier.stage
@@ -186,6 +196,7 @@ def _common_prefix(a: Sequence[int], b: Sequence[int], start: int) -> int:
 
 def _emitted_rows(verdict: Verdict) -> tuple[Tensor, Tensor]:
     """``top`` of the rows that the emitted tokens were drawn from: ids and log-scores ``[len(emitted), k]``."""
+    assert verdict.top is not None, "asked for in every inner step"
     rows = torch.tensor([0, *(node + 1 for node in verdict.path)])
     ids, scores = verdict.top
     return ids[rows], scores[rows]
@@ -203,21 +214,21 @@ def _proposal(session: Session, ids: Tensor, scores: Tensor, start: int) -> list
     return list((rows + torch.stack(noise).to(rows.device)).softmax(-1))
 
 
-def _chain(state: CascadeState, view: View, budget: Budget) -> Draft:
+def _chain(level: _Level, view: View, budget: Budget) -> Draft:
     """The surplus as a draft, as long as it pays."""
-    room = min(len(state.drafted), budget.max_nodes, budget.max_depth, view.remaining - 1)
+    room = min(len(level.drafted), budget.max_nodes, budget.max_depth, view.remaining - 1)
     scores: list[float] = []
     score = 1.0
-    for k, token in enumerate(state.drafted[:room], 1):
+    for k, token in enumerate(level.drafted[:room], 1):
         score *= token.probability
         # Under the ratio rule a token must not be dropped for what it is: that would bend the distribution.
         if view.stream is not None and score <= budget.price(k):
             break
         scores.append(score)
-    kept, start = state.drafted[: len(scores)], len(view.tokens)
+    kept, start = level.drafted[: len(scores)], len(view.tokens)
     q_rows = [token.q for token in kept if token.q is not None]
     return Draft.chain(
-        state.session.tokens[start : start + len(kept)],
+        level.session.tokens[start : start + len(kept)],
         scores,
         [token.stage for token in kept],
         torch.stack(q_rows) if q_rows else None,

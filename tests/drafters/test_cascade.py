@@ -194,7 +194,7 @@ def test_surplus_tokens_are_kept_and_cost_no_further_forward() -> None:
     assert script.truncated == []
     assert propose([0, 1, 2, 3, 4, 5, 6, 0]) == (1, 2)  # all used up, and one more: a lag of two
     assert model.forwards == 3
-    assert state.session.tokens == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
+    assert state.level.session.tokens == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
 
 
 def test_partial_acceptance_goes_back_to_the_common_prefix_and_keeps_its_rows() -> None:
@@ -203,14 +203,14 @@ def test_partial_acceptance_goes_back_to_the_common_prefix_and_keeps_its_rows() 
     state = drafter.open(view_of([0, 1]))
     drafter.propose([state], [view_of([0, 1])], [Budget(4, 9)])
     drafter.finalize(state, 4)
-    assert state.session.cached == 6
+    assert state.level.session.cached == 6
     drafter._sync(state, view_of([0, 1, 2, 6]))  # the target took 2 and then drew 6
-    assert state.session.tokens == [0, 1, 2, 6]
-    assert state.session.cached == 3
-    assert state.session.lag == 1
-    assert state.session.final == 4
+    assert state.level.session.tokens == [0, 1, 2, 6]
+    assert state.level.session.cached == 3
+    assert state.level.session.lag == 1
+    assert state.level.session.final == 4
     assert script.truncated == [3]
-    assert state.drafted == []
+    assert state.level.drafted == []
 
 
 def test_a_chain_ends_with_the_end_token() -> None:
