@@ -42,6 +42,10 @@ def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
         raise ModelError(
             f"packed weight has {used} words a row where {k} codes of {bits} bits need {-(-k * bits // _WORD)}"
         )
+    if 8 % bits == 0:  # no code crosses a byte: loading is many times faster this way
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+        unsigned = words.contiguous().view(torch.uint8)[:, :, None] >> shifts & (2**bits - 1)
+        return (unsigned.view(n, -1)[:, :k].to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
     blocks = -(-k // _WORD)
     unsigned = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, blocks * bits - used)).view(n, blocks, bits)
     unsigned = torch.nn.functional.pad(unsigned, (0, 1))
