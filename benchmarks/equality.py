@@ -71,10 +71,12 @@ def read_log(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         path.write_text(json.dumps({"settings": settings}) + "\n")
         return {}
-    # A line that was being written when the run was stopped is not finished.
-    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    lines = [json.loads(line) for line in whole.splitlines()]
     if not lines or lines[0].get("settings") != settings:
         raise UsageError(f"{path} belongs to a run with other settings", hint="name another --log")
+    path.write_text(whole)  # without a line that was being written when the last run was stopped
     return {line["id"]: line["found"] for line in lines[1:]}
 
 

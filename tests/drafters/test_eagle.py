@@ -138,7 +138,7 @@ def oracle(tensors: dict[str, Tensor], embedding: Tensor, features: Tensor, toke
 
 
 def oracle_log_probs(tensors, model, features: Tensor, tokens: list[int], path: list[int]) -> Tensor:
-    """The log-probabilities ``[V]`` after ``path``, drafted below ``tokens``, all of which but the last have features."""
+    """The log-probabilities ``[V]`` after ``path``, drafted below ``tokens``: all of those but the last have features."""
     embedding = model.embed(range(VOCAB))
     for drafted in range(len(path) + 1):
         outputs = oracle(tensors, embedding, features, [*tokens[1:], *path[:drafted]])
@@ -296,7 +296,7 @@ def test_the_last_slot_pairs_the_last_token_with_the_feature_before_it(tmp_path:
     text = [11, 2, 3, 7]
     state = observed(drafter, torch.eye(size)[text[:-1]])  # f_i marks its own token, for tokens 0 .. T-2
     draft = propose(drafter, state, view_of(text), Budget(3, 3))
-    # By token: 7 is last, so 8, 9, 10. By feature: the last one known is that of the 3 before it, so 4, and on from there.
+    # By token: 7 is last, so 8, 9, 10. By feature: the last one known is that of the 3 before it, so 4, 5, 6.
     assert draft.tokens == (first, first + 1, first + 2)
 
 
