@@ -123,11 +123,11 @@ def test_speculative_text_follows_the_distribution() -> None:
 
 def test_text_under_the_ratio_rule_follows_the_distribution() -> None:
     model, other = TableModel(16, 7, scale=1.5), TableModel(16, 7, scale=1.5, blur=1.0)
-    check(model, sampled(model, DrawingDrafter(other), DRAWS // 2, "ratio"))
+    check(model, sampled(model, DrawingDrafter(other), DRAWS // 4, "ratio"))
 
 
 def test_the_check_has_power() -> None:
     """Draws from a somewhat different model are caught."""
     model = TableModel(16, 7, scale=1.5)
     with pytest.raises(AssertionError):
-        check(model, sampled(TableModel(16, 7, scale=1.5, blur=0.3), NoDrafter(), DRAWS // 4))
+        check(model, sampled(TableModel(16, 7, scale=1.5, blur=0.3), NoDrafter(), DRAWS // 8))

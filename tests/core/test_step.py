@@ -217,3 +217,16 @@ def test_refusals() -> None:
     tree = Draft((1, 2), (-1, -1), (1.0, 1.0), ("d", "d"))
     with pytest.raises(UsageError, match="chains"):
         step([open_session(ratio, WARM)], [None], Scripted(lambda view: tree), ratio, [Budget(9, 9)])
+
+
+def test_our_own_mistakes_are_asserted() -> None:
+    verifier = Verifier(TableModel(8, 1))
+    session = open_session(verifier, SamplingParams(max_new_tokens=1))
+    with pytest.raises(AssertionError, match="confirmed tokens"):
+        session.truncate(2)
+    step([session], [None], NoDrafter(), verifier, [Budget(0, 0)])
+    assert session.finish == "length"
+    with pytest.raises(AssertionError, match="finished sequence"):
+        step([session], [None], NoDrafter(), verifier, [Budget(0, 0)])
+    session.truncate(3)
+    assert session.finish is None, "what an outer level takes back is not over"
