@@ -33,7 +33,7 @@ def load_model(name: str | Path, *, device: str = "cpu", mode: str | None = None
     """
     if mode not in (None, "exact", "fast"):
         raise UsageError(f"mode must be exact or fast, not {mode!r}")
-    kind = torch.device(device).type
+    kind = _device_kind(device)
     exact = mode == "exact" or (mode is None and kind == "cpu")
     folder = resolve(name)
     raw = read_config(folder)
@@ -49,6 +49,16 @@ def load_model(name: str | Path, *, device: str = "cpu", mode: str | None = None
     backend = dispatch.choose(dispatch.Request(kind, "float32", bits, group_size, row_invariant=exact))
     with torch.no_grad():
         return load_decoder(folder, config, torch.device(device), backend.row_invariant)
+
+
+def _device_kind(device: str) -> str:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"device must be cpu or cuda, not {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError("there is no CUDA device that torch can use", hint="use device cpu, or see quantspec doctor")
+    return kind
 
 
 def load_decoder(folder: Path, config: ModelConfig, device: torch.device, exact: bool) -> Decoder:

@@ -161,6 +161,15 @@ def test_wrong_mode(folder: Path) -> None:
         load_model(folder, mode="quick")
 
 
+@pytest.mark.parametrize(
+    "device,message", [("gpu7", "device must be cpu or cuda"), ("meta", "no kernel for"), ("cuda", "no CUDA device")]
+)
+def test_wrong_device(folder: Path, device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=message):
+        load_model(folder, device=device)
+
+
 def test_foreign_architecture_goes_through_transformers(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
