@@ -83,7 +83,7 @@ class _Run:
         self._write_rest(work)
         report = self._report(work, held_out)
         atomic.write_json(work.path / REPORT, {"fingerprint": seal} | report.to_json())
-        work.finish(config.out)
+        work.finish()
         return report
 
     def _rows(self, path: Path, num_rows: int, seed: int | None) -> Tensor:

@@ -42,7 +42,8 @@ class WorkFolder:
     """Finished decoder layers on disk. ``results[i]`` are the linear layers of decoder layer i, in order."""
 
     def __init__(self, out: Path, identity: str, num_layers: int, resume: bool) -> None:
-        self.path = out.resolve().with_name(out.resolve().name + ".partial")
+        self.out = out.resolve()  # a link stays where it is
+        self.path = self.out.with_name(self.out.name + ".partial")
         self.identity = identity
         self._shards = num_layers + 1
         self._layers: list[dict[str, Any]] = []
@@ -67,16 +68,16 @@ class WorkFolder:
         self._layers.append({"sha256": atomic.sha256(file), "results": [asdict(result) for result in results]})
         self._save()
 
-    def finish(self, out: Path) -> None:
+    def finish(self) -> None:
         """Turn the work folder into ``out``: the manifest is written last, then the folder takes its final name.
         Killed at any point, it is either still a work folder or already whole."""
         with atomic.writing(self.path):
             for path in self.path.glob(".*.tmp"):
                 path.unlink()
         atomic.write_manifest(self.path)
-        atomic.rename_folder(self.path, out)
-        with atomic.writing(out):
-            (out / _PROGRESS).unlink()
+        atomic.rename_folder(self.path, self.out)
+        with atomic.writing(self.out):
+            (self.out / _PROGRESS).unlink()
 
     def _save(self) -> None:
         atomic.write_json(self.path / _PROGRESS, {"fingerprint": self.identity, "layers": self._layers})
