@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-HELPERS = ("table_model",)
+HELPERS = ("table_model", "tiny_eagle")
 
 
 def _load(name: str) -> None:

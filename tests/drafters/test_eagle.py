@@ -1,110 +1,28 @@
-import json
 import math
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from tiny_eagle import HEAD_CONFIG, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, VOCAB, head_tensors, save, save_family
 from torch import Tensor
 from torch.nn import functional as F
 
+from quantspec.calibrate.train.config import Shape
+from quantspec.calibrate.train.eagle import EagleHead as TrainedHead
 from quantspec.core.drafter import TargetParts, View
 from quantspec.core.noise import Stream
 from quantspec.core.sampling import WarpChain
-from quantspec.core.verify import Verifier
-from quantspec.drafters.cascade import Cascade
-from quantspec.drafters.config import CascadeOptions, EagleOptions
-from quantspec.drafters.draft_model import draft_model
+from quantspec.drafters.config import EagleOptions
 from quantspec.drafters.eagle import Eagle, EagleState
-from quantspec.drafters.eagle_head import HeadConfig
-from quantspec.errors import ModelError, UsageError
 from quantspec.models.load import load_model
 from quantspec.types import EMPTY_DRAFT, Budget, Draft, SamplingParams, Verdict
-
-VOCAB, HIDDEN, MLP, HEADS, KV_HEADS = 48, 32, 48, 4, 2
-HEAD_DIM = HIDDEN // HEADS
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": MLP,
-    "num_hidden_layers": 2,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "max_position_embeddings": 128,
-    "rope_theta": 100.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-
-
-def layer_tensors(prefix: str, generator: torch.Generator, scale: float) -> dict[str, Tensor]:
-    def random(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) * columns**-0.5
-
-    kv = KV_HEADS * HEAD_DIM
-    return {
-        f"{prefix}self_attn.q_proj.weight": 2 * random(HIDDEN, HIDDEN),
-        f"{prefix}self_attn.k_proj.weight": 2 * random(kv, HIDDEN),
-        f"{prefix}self_attn.v_proj.weight": random(kv, HIDDEN),
-        f"{prefix}self_attn.o_proj.weight": scale * random(HIDDEN, HIDDEN),
-        f"{prefix}mlp.gate_proj.weight": random(MLP, HIDDEN),
-        f"{prefix}mlp.up_proj.weight": random(MLP, HIDDEN),
-        f"{prefix}mlp.down_proj.weight": scale * random(HIDDEN, MLP),
-        f"{prefix}post_attention_layernorm.weight": 1 + 0.1 * torch.randn(HIDDEN, generator=generator),
-    }
-
-
-def save(folder: Path, config: dict, tensors: dict[str, Tensor]) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def model_folder(folder: Path, blur: float = 0.0) -> Path:
-    """A random Llama that mostly counts up by seven, so that a head can foresee part of its text."""
-    generator = torch.Generator().manual_seed(0)
-    embedding = 0.6 * torch.randn(VOCAB, HIDDEN, generator=generator)
-    tensors = {
-        "model.embed_tokens.weight": embedding,
-        "lm_head.weight": embedding.roll(7, 0),
-        "model.norm.weight": torch.ones(HIDDEN),
-    }
-    for i in range(2):
-        prefix = f"model.layers.{i}."
-        tensors |= layer_tensors(prefix, generator, 0.25) | {f"{prefix}input_layernorm.weight": torch.ones(HIDDEN)}
-    for name, tensor in tensors.items():
-        if "layers" in name:
-            tensors[name] = tensor + blur * tensor.std() * torch.randn(tensor.shape, generator=generator)
-    return save(folder, CONFIG, tensors)
-
-
-def head_tensors(seed: int = 1, scale: float = 0.3) -> dict[str, Tensor]:
-    """A head that mostly repeats the token's embedding, normed, and is otherwise random."""
-    generator = torch.Generator().manual_seed(seed)
-    fc = torch.cat([torch.eye(HIDDEN) / 0.6, torch.zeros(HIDDEN, HIDDEN)], dim=1)
-    fc += 0.1 * torch.randn(fc.shape, generator=generator)
-    bias = 0.1 * torch.randn(HIDDEN, generator=generator)
-    return {"fc.weight": fc, "fc.bias": bias} | layer_tensors("layers.0.", generator, scale)
-
-
-HEAD_CONFIG = {**CONFIG, "architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1}
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory):
-    torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("eagle")
-    tau = {"quantspec": {"tau": {"0.8": 0.7}}}
-    save(root / "head", HEAD_CONFIG | tau, head_tensors())
-    return {
-        "target": load_model(model_folder(root / "target")),
-        "relative": load_model(model_folder(root / "relative", blur=0.1)),
-        "stranger": load_model(model_folder(root / "stranger", blur=9.0)),
-        "head": root / "head",
-    }
+    folders = save_family(tmp_path_factory.mktemp("eagle"))
+    return {"target": load_model(folders["target"]), "head": folders["head"]}
 
 
 # --- the network against an independent, dense computation ---
@@ -138,7 +56,7 @@ def oracle(tensors: dict[str, Tensor], embedding: Tensor, features: Tensor, toke
 
 
 def oracle_log_probs(tensors, model, features: Tensor, tokens: list[int], path: list[int]) -> Tensor:
-    """The log-probabilities ``[V]`` after ``path``, drafted below ``tokens``: all of those but the last have features."""
+    """The log-probabilities ``[V]`` after ``path``, drafted below ``tokens``; all but the last have features."""
     embedding = model.embed(range(VOCAB))
     for drafted in range(len(path) + 1):
         outputs = oracle(tensors, embedding, features, [*tokens[1:], *path[:drafted]])
@@ -225,6 +143,25 @@ def test_at_temperature_the_scores_carry_the_noise_and_tau(family) -> None:
     expected = (coupled / 0.7).softmax(-1).topk(3)
     assert draft.tokens == tuple(expected.indices.tolist())
     assert draft.scores == pytest.approx(expected.values.tolist(), rel=1e-3)  # fp32 logits, divided twice
+
+
+def test_training_simulates_the_same_drafts(family) -> None:
+    """The trainer's unrolled head, given the tokens that were drafted, puts out what generation saw."""
+    tokens, features = text_and_features(6)
+    drafter = eagle(family, top_k=1, depth=2)
+    draft = propose(drafter, observed(drafter, features), view_of(tokens), Budget(2, 2))
+    shape = Shape(HIDDEN, 1, HEADS, KV_HEADS, MLP, head_dim=HEAD_DIM, rope_theta=100.0, rms_eps=1e-6)
+    trained = TrainedHead(shape)
+    trained.load_state_dict(head_tensors())
+    embedded = family["target"].embed([*tokens[1:], draft.tokens[0]])
+    with torch.no_grad():
+        # The last slot has no true feature: step 1 of the unrolling reads the estimate in its place.
+        true, guessed = trained.unrolled(embedded[None], torch.cat([features, features[:1]])[None], steps=2)
+    rows = torch.stack([true[0, len(tokens) - 2], guessed[0, len(tokens) - 1]])
+    log_probs = family["target"].head(rows).log_softmax(-1)
+    assert draft.tokens == tuple(log_probs.argmax(-1).tolist())
+    # Two implementations of the same formulas, in fp32.
+    assert draft.scores == pytest.approx(log_probs.max(-1).values.cumsum(0).exp().tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -337,136 +274,3 @@ def test_budget_depth_room_and_end_tokens_bound_the_tree(family) -> None:
     paid = draft(Budget(12, 8, min_score=0.2))
     assert 0 < len(paid) < len(free)
     assert min(paid.scores) > 0.2
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-PROMPTS = [[seed % VOCAB, (7 * seed) % VOCAB, 5] for seed in range(32)]
-PARAMS = [SamplingParams(max_new_tokens=10), SamplingParams(max_new_tokens=10, temperature=0.8, top_p=0.95)] * 16
-
-
-def drafters(family) -> dict:
-    def cascade(model: str, inner, min_draft: int) -> Cascade:
-        return Cascade(inner, Verifier(family[model], stage="intermediate"), CascadeOptions(min_draft=min_draft))
-
-    def head() -> Eagle:
-        return Eagle(family["head"], EagleOptions(top_k=3, depth=3))
-
-    return {
-        "eagle": head(),
-        "draft": draft_model(family["relative"]),
-        "cascade": cascade("relative", head(), 5),
-        "cascade of strangers": cascade("stranger", head(), 5),
-        "nested": cascade("relative", cascade("stranger", head(), 2), 4),
-    }
-
-
-@pytest.fixture(scope="module")
-def plain(family, generate):
-    return generate(family["target"], PROMPTS, PARAMS, eos=frozenset({9})).texts
-
-
-@pytest.mark.parametrize(
-    ("kind", "prompts", "least", "most"),
-    [
-        ("eagle", 32, 1.3, 3.5),
-        ("draft", 32, 1.5, 5.0),
-        ("cascade", 32, 1.5, 5.0),
-        ("cascade of strangers", 6, 1.0, 1.5),
-        ("nested", 10, 1.3, 5.0),
-    ],
-)
-def test_text_is_that_of_plain_decoding(family, generate, plain, kind, prompts, least, most) -> None:
-    """Greedy and sampled in turn."""
-    drafter, eos = drafters(family)[kind], frozenset({9})
-    run = generate(family["target"], PROMPTS[:prompts], PARAMS[:prompts], drafter, budget=Budget(10, 6), eos=eos)
-    assert run.texts == plain[:prompts]
-    assert least <= run.acceptance <= most  # proposals are accepted, and rejected
-
-
-def test_stages_of_a_cascade(family, generate) -> None:
-    run = generate(family["target"], PROMPTS[:6], PARAMS[:6], drafters(family)["cascade"])
-    stages = {stage for verdicts in run.verdicts for verdict in verdicts for stage in verdict.stages}
-    assert stages == {"eagle", "intermediate", "target"}
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-def load(folder: Path, config: dict, tensors: dict[str, Tensor]) -> Eagle:
-    drafter = Eagle(save(folder, config, tensors))
-
-    class Target:
-        vocab_size, hidden_size = VOCAB, HIDDEN
-
-        def embed(self, tokens) -> Tensor:
-            return torch.zeros(len(tokens), HIDDEN)
-
-        def head(self, x: Tensor) -> Tensor:
-            return torch.zeros(len(x), VOCAB)
-
-    drafter.prepare(TargetParts(Target()))
-    return drafter
-
-
-def test_an_embedding_of_its_own_and_a_missing_bias_are_taken(tmp_path: Path) -> None:
-    tensors = head_tensors() | {"embed_tokens.weight": torch.randn(VOCAB, HIDDEN)}
-    assert load(tmp_path / "embedding", HEAD_CONFIG, tensors)._head.embed_weight is not None
-    del tensors["fc.bias"]
-    published = {**CONFIG, "num_hidden_layers": 1, "bias": False}
-    del published["model_type"]
-    assert load(tmp_path / "no bias", published, tensors)._head.fc_bias is None
-
-
-def test_a_head_may_have_biases_on_queries_keys_and_values(tmp_path: Path) -> None:
-    tensors, config = head_tensors(), HEAD_CONFIG | {"model_type": "qwen2"}
-    for name, size in (("q", HIDDEN), ("k", KV_HEADS * HEAD_DIM), ("v", KV_HEADS * HEAD_DIM)):
-        tensors[f"layers.0.self_attn.{name}_proj.bias"] = torch.ones(size)
-    assert load(tmp_path / "qwen", config, tensors)._head.qkv_bias.shape == (HIDDEN + 2 * KV_HEADS * HEAD_DIM,)
-
-
-@pytest.mark.parametrize(
-    ("config", "change", "message"),
-    [
-        ({}, {"fc.bias": None}, "no tensor fc.bias"),
-        ({}, {"lm_head.weight": torch.ones(2, 2)}, "lm_head.weight has no place"),
-        ({}, {"fc.weight": torch.ones(HIDDEN, HIDDEN)}, "fc.weight is \\[32, 32\\]"),
-        ({"num_hidden_layers": 2}, {}, "one plain Llama layer"),
-        ({"hidden_size": 64, "num_attention_heads": 4}, {}, "target of width 64"),
-        ({"vocab_size": 50}, {}, "50 tokens"),
-        ({"quantspec": {"tua": {}}}, {}, "may only have"),
-        ({"quantspec": {"tau": {"0.8": 0}}}, {}, "tau"),
-        ({"quantspec": {"tau": [1]}}, {}, "tau"),
-        ({"auto_map": {}}, {}, "auto_map"),
-    ],
-)
-def test_a_head_that_does_not_fit_is_refused(tmp_path: Path, config: dict, change: dict, message: str) -> None:
-    tensors = {name: tensor for name, tensor in (head_tensors() | change).items() if tensor is not None}
-    with pytest.raises(ModelError, match=message):
-        load(tmp_path / "head", HEAD_CONFIG | config, tensors)
-
-
-def test_a_target_that_hands_out_no_parts_and_a_pickle_are_refused(tmp_path: Path, family) -> None:
-    class Bare:
-        vocab_size, hidden_size = VOCAB, HIDDEN
-
-    with pytest.raises(ModelError, match="does not hand out"):
-        Eagle(family["head"]).prepare(TargetParts(Bare()))
-    (tmp_path / "config.json").write_text(json.dumps(HEAD_CONFIG))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match="pickle"):
-        Eagle(tmp_path).prepare(TargetParts(family["target"]))
-
-
-def test_tau_is_linear_between_temperatures(family) -> None:
-    config = HeadConfig.load(family["head"])
-    assert config.tau_at(0.3) == config.tau_at(1.5) == 0.7
-    several = HeadConfig(config.model, True, {0.5: 0.6, 1.0: 1.0})
-    assert [several.tau_at(t) for t in (0.2, 0.5, 0.75, 1.0, 2.0)] == pytest.approx([0.6, 0.6, 0.8, 1.0, 1.0])
-    assert HeadConfig(config.model, True, {}).tau_at(0.8) == 1.0
-
-
-@pytest.mark.parametrize("options", [{"top_k": 0}, {"depth": 0}])
-def test_impossible_trees_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(UsageError, match="at least 1"):
-        EagleOptions(**options)
