@@ -21,7 +21,7 @@ _POINTS = 8  # of a loss curve
 def write(config: FamilyConfig, results: dict[str, Any]) -> None:
     """`README.md` and `family.json` (the results of all stages) in `config.out`."""
     write_json(config.out / "family.json", {"preset": config.preset, "seed": config.seed, "stages": results})
-    sections = [_head(config), _data(results["corpus"]), _training(config, results), _quality(results), _limits()]
+    sections = [_head(config), _data(results["corpus"]), _training(config, results), _quality(results), _limits(config)]
     write_bytes(config.out / "README.md", "\n\n".join(sections).encode() + b"\n")
 
 
@@ -91,7 +91,8 @@ Muon on hidden matrices, AdamW on the rest, warm-up, then linear decay to zero. 
 from {texts["texts"]:,} texts ({texts["tokens"]:,} tokens) that `target-w4` wrote to training prompts at temperatures
 0, 0.8 and 1.
 
-Training loss at even steps of each stage (nats; of heads: all draft steps, features included):
+Training loss, averaged up to the step in brackets (nats; of heads: features included, and all three draft steps once
+there is more than one):
 
 {curves}"""
 
@@ -102,7 +103,7 @@ def _quality(results: dict[str, Any]) -> str:
         (name, *(f"{results[stage][f'held.{i}']:.3f}" for i in range(len(sources))))
         for name, stage in (("target", "target"), ("intermediate before distillation", "intermediate-lm"))
     ]
-    w4, middle = results["target-w4"], results["intermediate"]
+    w4, middle, held = results["target-w4"], results["intermediate"], results["held-target"]
     heads = {name: results[f"eagle-{name}"] for name in ("target", "intermediate")}
     acceptance = "\n".join(
         f"- EAGLE tree of 15 nodes on the {name}: {head['tree_acceptance']:.2f} tokens per forward, tau {head['tau']}"
@@ -114,7 +115,8 @@ Held-out loss, nats per token:
 
 {_table(("model", *sources), rows)}
 
-On held-out questions, offline simulation over the base's own greedy text:
+On held-out questions, offline simulation over the base's own greedy text. Left out are texts with less than 60%
+distinct 4-grams (loops), which are {held["greedy_loops"]} of the target's {held["greedy_texts"]}:
 
 - perplexity of the target {w4["perplexity_before"]:.2f}, in 4 bits {w4["perplexity_after"]:.2f} (mixed held-out text)
 - greedy tokens of `target-w4` that the intermediate predicts: {middle["agreement"]:.1%}, rounded to 4 bits
@@ -123,11 +125,14 @@ On held-out questions, offline simulation over the base's own greedy text:
 {acceptance}"""
 
 
-def _limits() -> str:
-    return """## Limits
+def _limits(config: FamilyConfig) -> str:
+    text = """## Limits
 
-Toy models: the form of worked solutions is right, their arithmetic mostly is not. Not for any use but trying, testing
-and measuring quantspec."""
+Toy models: the form of worked solutions is right, their arithmetic and their sense mostly are not. Not for any use but
+trying, testing and measuring quantspec."""
+    if config.preset != "cpu":
+        return text
+    return f"{text} This is the small preset, trained on a CPU; one of preset `gpu` is still due."
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -145,5 +150,7 @@ def _licence(name: str) -> str:
 def _curve(log: Path) -> str:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    picked = losses[:: max(1, len(losses) // _POINTS)]
-    return ", ".join(f"{loss:.2f} ({step})" for step, loss in picked) or "no log"
+    width = max(1, -(-len(losses) // _POINTS))
+    spans = [losses[i : i + width] for i in range(0, len(losses), width)]
+    # Sources differ much in loss, so single steps would show noise.
+    return ", ".join(f"{sum(v for _, v in s) / len(s):.2f} (to {s[-1][0]})" for s in spans) or "no log"

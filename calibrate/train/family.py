@@ -25,8 +25,7 @@ from quantspec.errors import UsageError
 from quantspec.models.atomic import copy_file, make_folder, write_json, write_manifest
 
 MEMBERS = ("target", "target-w4", "intermediate", "intermediate-w4", "eagle-target", "eagle-intermediate")
-_HELD_TEXTS = 180  # a third of them greedy
-_HELD_LENGTH = 384
+_HELD_TEXTS = 246  # a third of them greedy
 _NOT_SHIPPED = ("state.safetensors", "log.jsonl", "quantize_report.json")
 
 
@@ -134,11 +133,13 @@ class _Stages:
 
     def held_out(self, model: str, name: str) -> dict[str, Any]:
         """Texts from held-out documents of the first source, which is the one that is measured on."""
+        from quantspec.calibrate.train.measure import LOOP, distinct_4grams
+        from quantspec.calibrate.train.rollout import read_rollouts
         from quantspec.calibrate.train.rollout import run as roll
 
         work, config = self.config.work, self.config
         weights = tuple(float(i == 0) for i in range(len(config.sources)))
-        return roll(
+        result = roll(
             RolloutConfig(
                 work / model,
                 work / "corpus",
@@ -149,6 +150,9 @@ class _Stages:
                 run=config.run,
             )
         )
+        texts = read_rollouts(work / name)
+        greedy = [distinct_4grams(texts, i) for i in range(len(texts)) if texts.temperatures[i] == 0]
+        return {**result, "greedy_texts": len(greedy), "greedy_loops": sum(share < LOOP for share in greedy)}
 
     def distill(self) -> dict[str, Any]:
         from quantspec.calibrate.train.distill import run as train

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 TREE_NODES, TREE_DEPTH, TREE_TOP_K = 15, 6, 4
 _TAUS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
 _MAX_TEXTS = 60
+LOOP = 0.6
+"""Below this share of distinct 4-grams a text counts as a loop."""
 
 
 class TreeDrafter:
@@ -140,7 +142,16 @@ def chain_acceptance(agrees: list[list[bool]], length: int) -> float:
 
 
 def greedy_texts(texts: Rollouts) -> list[int]:
-    return [i for i in range(len(texts)) if texts.temperatures[i] == 0][:_MAX_TEXTS]
+    """Greedy texts that do not repeat themselves: a loop is easy to draft and would flatter every figure."""
+    greedy = [i for i in range(len(texts)) if texts.temperatures[i] == 0]
+    return [i for i in greedy if distinct_4grams(texts, i) >= LOOP][:_MAX_TEXTS]
+
+
+def distinct_4grams(texts: Rollouts, index: int) -> float:
+    """Share of different ones among the runs of four generated tokens of a text."""
+    first, end = int(texts.starts[index] + texts.prompt_lens[index]), int(texts.starts[index + 1])
+    grams = texts.ids[first:end].unfold(0, 4, 1).tolist() if end - first >= 4 else []
+    return len(set(map(tuple, grams))) / len(grams) if grams else 1.0
 
 
 @torch.no_grad()
