@@ -35,7 +35,7 @@ class EagleOptions:
     head each). The defaults suit a small family on a CPU, where a verifier's row is not free; EAGLE-2 has 10 and 7.
     """
 
-    top_k: int = 6
+    top_k: int = 4
     depth: int = 6
 
     def __post_init__(self) -> None:
