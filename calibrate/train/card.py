@@ -56,10 +56,8 @@ Made again by
 
 def _command(config: FamilyConfig) -> str:
     data = [f"--data {Path(s.path).name}:{s.weight:g}:{s.held_out}" for s in config.sources]
-    names = (
-        "preset vocab_size target_minutes intermediate_minutes rollout_tokens rollout_minutes "
-        "distill_minutes eagle_minutes seed"
-    ).split()
+    names = ["preset", "vocab_size", "target_minutes", "intermediate_minutes", "rollout_tokens", "rollout_minutes"]
+    names += ["distill_minutes", "eagle_minutes", "seed"]
     values = [f"--{name.replace('_', '-')} {getattr(config, name)}" for name in names]
     values += [f"--rollout-weights {weight:g}" for weight in config.rollout_weights]
     return " \\\n  ".join(["quantspec train family", *data, *values, "--work WORK --out OUT"])
