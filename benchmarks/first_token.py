@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from quantspec.engine.llm import LLM
 
 PROMPT = "Question: A baker has 24 rolls. She sells 9 in the morning and 7 in the afternoon. How many rolls are left?\n"
-TEXT = {"max_new_tokens": 256, "ignore_eos": True, "seed": 0}
+TEXT: dict[str, Any] = {"max_new_tokens": 256, "ignore_eos": True, "seed": 0}
 SETTINGS: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.95}}
 
 
