@@ -55,7 +55,7 @@ class Span:
 def make_spans(
     cached: int, parents: Sequence[int], window: int | None, group: int, device: torch.device
 ) -> tuple[Span, ...]:
-    """The spans of rows with ``parents`` (see ``Batch``) after ``cached`` slots; ``window`` keeps the last of a path."""
+    """Spans of rows with ``parents`` (see ``Batch``) after ``cached`` slots; a ``window`` keeps the last of a path."""
     n = len(parents)
     if is_chain(parents):
         tiles = [slice(first, min(first + TILE, n)) for first in range(0, n, TILE)]
