@@ -49,7 +49,6 @@ def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
     each thing that is not as asked for.
     """
     config = with_parts(config, notice)
-    _check_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = resolve(DEFAULT_TARGET if config.model == "default" else config.model)
@@ -59,6 +58,10 @@ def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
         if not is_out_of_memory(error):
             raise
         raise ResourceError(f"{config.model} does not fit into memory", hint="quantize it first") from error
+    for line in getattr(model, "notes", ()):
+        notice(line)
+    if config.mode == "exact" and not model.row_invariant:
+        notice(f"{config.model} cannot run in exact mode: its text equals plain decoding up to rounding")
     tokenizer = Tokenizer(folder)
     try:
         drafter, draft_bytes = _drafter(config, notice)
@@ -102,13 +105,6 @@ def with_parts(config: EngineConfig, notice: Callable[[str], None]) -> EngineCon
     return replace(config, method=method, **parts)
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a name torch does not know, or one this machine does not have
-        raise UsageError(f"device {device!r} cannot be used here", hint="see quantspec doctor") from error
-
-
 def _present(parts: dict[str, str]) -> bool:
     try:
         return bool(parts) and all(resolve(name) for name in parts.values())
@@ -126,7 +122,8 @@ def _drafter(config: EngineConfig, notice: Callable[[str], None]) -> tuple[Draft
     if config.method in ("draft", "cascade"):
         assert config.draft_model is not None, "named by with_parts"
         folder = resolve(config.draft_model)
-        model, tokenizer = load_model(folder, device=config.device, mode=config.mode), Tokenizer(folder)
+        # The text does not depend on a drafter, so its rows need no fixed bits.
+        model, tokenizer = load_model(folder, device=config.device, mode="fast"), Tokenizer(folder)
         if config.method == "draft":
             return draft_model(model, tokenizer, config.max_nodes), model.weight_bytes
         inner, head_bytes = _eagle(config)
