@@ -42,10 +42,12 @@ class Stream:
         """``log E(t, v)`` for all v, fp32 ``[vocab_size]``, read-only and cached. ``vocab_size`` changes no entry."""
         return _noise_row(self.key, t, vocab_size)
 
-    def noise_at(self, positions: Sequence[int], row: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """``log E(positions[row[j]], ids[j])`` for all j: the same bits as ``noise`` has there."""
+    def noise_at(
+        self, positions: Sequence[int], count: NDArray[np.int64], ids: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """``log E(t, v)`` of ``count[i]`` ids at ``positions[i]``, one group after another: the bits that ``noise`` has."""
         seeds = np.array([_seed(self.key, t) for t in positions], dtype=np.uint64)
-        return _log_exponential(_uniform(seeds[row] + (ids + 1).view(np.uint64) * np.uint64(_WEYL)))
+        return _log_exponential(_uniform(seeds.repeat(count) + (ids + 1).view(np.uint64) * np.uint64(_WEYL)))
 
     def coin(self, t: int) -> float:
         """A uniform number in (0, 1) for position t."""

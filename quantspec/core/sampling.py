@@ -115,7 +115,7 @@ class WarpChain:
         if self.greedy or not self._truncates:
             return self._draw(rows, positions, stream)
         kept = truncate(rows, self.params.top_k, self.params.top_p, self.params.min_p)
-        return kept.argmax(kept.values - stream.noise_at(positions, kept.row, kept.ids))
+        return kept.argmax(kept.values - stream.noise_at(positions, kept.count, kept.ids))
 
     def _weigh(self, states: Sequence[WarpState], rows: Rows) -> Rows:
         """Penalties, bias, masks and temperature. The result may be the argument itself where nothing is to be done."""

@@ -24,21 +24,21 @@ class Kept:
     """Entries that survive, row by row and then by id: ``values[j]`` stands at ``[row[j], ids[j]]``. No row is
     empty."""
 
-    row: Ids
+    count: Ids
     ids: Ids
     values: Rows
 
     def dense(self, shape: tuple[int, int]) -> Rows:
         """``[m, V]`` with -inf elsewhere."""
         rows = np.full(shape, -np.inf, np.float32)
-        rows[self.row, self.ids] = self.values
+        rows[np.repeat(np.arange(len(self.count)), self.count), self.ids] = self.values
         return rows
 
     def argmax(self, values: Rows) -> list[int]:
         """Per row the lowest id with the largest of ``values``, one per entry."""
-        starts = np.flatnonzero(np.diff(self.row, prepend=-1))
-        hits = np.flatnonzero(values == np.maximum.reduceat(values, starts)[self.row])
-        return self.ids[hits[np.searchsorted(self.row[hits], np.arange(len(starts)))]].tolist()
+        starts = self.count.cumsum() - self.count
+        hits = np.flatnonzero(values == np.maximum.reduceat(values, starts).repeat(self.count))
+        return self.ids[hits[hits.searchsorted(starts)]].tolist()
 
 
 def truncate(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Kept:
@@ -96,14 +96,19 @@ def _prefix_length(top: Rows, total: Rows | None, top_p: float, min_p: float) ->
 def _at_least(rows: Rows, cut: Rows, count: Ids) -> Kept:
     """The ``count[i]`` largest entries of row i, the least of which is ``cut[i]``."""
     flat = np.flatnonzero(rows >= cut[:, None])
-    row, ids = np.divmod(flat, rows.shape[1])
+    bounds = np.arange(len(rows) + 1) * rows.shape[1]
+    found = np.diff(flat.searchsorted(bounds))
     values = rows.ravel()[flat]
-    surplus = np.bincount(row, minlength=len(rows)) - count
-    if surplus.any():  # more entries tie with the cut than there is room for: the highest ids go
-        tied = values == cut[row]
-        drop = [np.flatnonzero((row == i) & tied)[-surplus[i] :] for i in np.flatnonzero(surplus)]
-        row, ids, values = (np.delete(array, np.concatenate(drop)) for array in (row, ids, values))
-    return Kept(row, ids, values)
+    if (found > count).any():  # more entries tie with the cut than there is room for: the highest ids go
+        ends, tied = found.cumsum(), values == cut.repeat(found)
+        drop = [
+            start + np.flatnonzero(tied[start:end])[-surplus:]
+            for start, end, surplus in zip(ends - found, ends, found - count, strict=True)
+            if surplus
+        ]
+        keep = np.delete(np.arange(len(flat)), np.concatenate(drop))
+        flat, values = flat[keep], values[keep]
+    return Kept(count, flat - bounds[:-1].repeat(count), values)
 
 
 def check_finite(best: Rows) -> None:

@@ -50,8 +50,8 @@ def test_entries_depend_on_their_own_counters_alone() -> None:
     stream = Stream(11)
     full = stream.noise(9, 1000)
     assert np.array_equal(full[:37], stream.noise(9, 37))
-    row, ids = np.array([0, 1, 1, 2]), np.array([999, 0, 5, 36])
-    picked = stream.noise_at([9, 4, 9], row, ids)
+    count, ids = np.array([1, 2, 1]), np.array([999, 0, 5, 36])
+    picked = stream.noise_at([9, 4, 9], count, ids)
     assert np.array_equal(picked, [full[999], *stream.noise(4, 10)[[0, 5]], full[36]])
 
 
@@ -100,7 +100,7 @@ def test_every_counter_bit_flips_half_of_the_output() -> None:
     v = np.arange(4096)
 
     def words(key: int, t: int, v: np.ndarray) -> np.ndarray:
-        log_e = Stream(key).noise_at([t], np.zeros_like(v), v).astype(np.float64)
+        log_e = Stream(key).noise_at([t], np.array([len(v)]), v).astype(np.float64)
         # fp32 log E keeps about 20 good bits of u: the upper 16 are looked at
         return (-np.expm1(-np.exp(log_e)) * 2**16).astype(np.uint32)
 
