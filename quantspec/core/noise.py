@@ -45,7 +45,7 @@ class Stream:
     def noise_at(
         self, positions: Sequence[int], count: NDArray[np.int64], ids: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """``log E(t, v)`` of ``count[i]`` ids at ``positions[i]``, one group after another: the bits that ``noise`` has."""
+        """``log E(t, v)`` of ``count[i]`` ids at ``positions[i]``, group after group: the same bits as in ``noise``."""
         seeds = np.array([_seed(self.key, t) for t in positions], dtype=np.uint64)
         return _log_exponential(_uniform(seeds.repeat(count) + (ids + 1).view(np.uint64) * np.uint64(_WEYL)))
 
