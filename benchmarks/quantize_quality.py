@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ def ratio_interval(gptq: Tensor, rtn: Tensor, seed: int = 0) -> tuple[float, flo
     """95% bootstrap interval of ``gptq.mean() / rtn.mean()`` for paired loss increases per row ``[S]``."""
     picks = torch.randint(len(rtn), (_RESAMPLES, len(rtn)), generator=torch.Generator().manual_seed(seed))
     ratios = gptq[picks].mean(1) / rtn[picks].mean(1)
-    low, high = ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
+    low, high = ratios.quantile(ratios.new_tensor([0.025, 0.975])).tolist()
     return low, high
 
 
@@ -59,6 +60,7 @@ def compare_methods(config: QuantizeConfig, rows: Tensor, dense: Tensor) -> dict
             run(replace(config, method=method, out=Path(folder) / "out"))
             after = losses(Path(folder) / "out", rows, config.device)
         increase[method] = (after - dense).double().mean(1)
+        print(f"{method}, {config.bits} bits: +{increase[method].mean():.5f} nats per token", file=sys.stderr)
     return {
         "bits": config.bits,
         "group_size": config.group_size,
