@@ -13,7 +13,7 @@ import click
 from quantspec.cli.options import Flag, KeyValue, assemble, options_from
 from quantspec.cli.render import note, stage_colors, stats_line, use_color
 from quantspec.cli.signals import Stop
-from quantspec.engine.config import METHODS, MODES, RULES, EngineConfig
+from quantspec.engine.config import METHODS, MODES, EngineConfig
 from quantspec.errors import Interrupted, UsageError
 from quantspec.types import SamplingParams
 
@@ -50,8 +50,8 @@ ENGINE = {
     "tree_top_k": Flag(help="Children per node of an EAGLE tree."),
     "prompt_lookup_max": Flag(help="Longest n-gram that prompt lookup matches."),
     "prompt_lookup_min": Flag(help="Shortest n-gram that prompt lookup matches."),
-    "rule": Flag(help="ratio: equal in distribution only, for chains.", metavar="|".join(RULES)),
-    "mode": Flag(help="fast: equal up to rounding only.", metavar="|".join(MODES)),
+    "rule": Flag(help="ratio: equal in distribution only, for chains."),
+    "mode": Flag(help="fast: equal up to rounding only. Default: exact on a CPU, else fast.", metavar="|".join(MODES)),
     "device": Flag(help="cpu, cuda, cuda:1, ..."),
     "max_context": Flag(help="Tokens of context to hold. Default: the model's own limit."),
     "threads": Flag(help="CPU threads. Default: torch's choice."),
