@@ -49,7 +49,7 @@ class EngineConfig:
     head: str | None = None
     num_speculative_tokens: int | None = None
     min_draft: int = _CASCADE.min_draft
-    tree_nodes: int = DEFAULT_SPECULATIVE_TOKENS["eagle"]
+    tree_nodes: int = 8
     tree_depth: int = _EAGLE.depth
     tree_top_k: int = _EAGLE.top_k
     prompt_lookup_max: int = _LOOKUP.prompt_lookup_max

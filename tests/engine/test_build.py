@@ -220,3 +220,17 @@ def test_native_models_run_without_transformers(family: dict[str, Path]) -> None
         "assert 'transformers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_default_family_generates_through_its_cascade() -> None:
+    told: list[str] = []
+    llm, plain = quantspec.load(notice=told.append), quantspec.load(method="none", notice=told.append)
+    assert (llm.config.method, llm.exactness, told) == ("cascade", "exact", [])
+    prompt = "Question: A baker has 24 rolls. She sells 9 of them. How many rolls are left?\nAnswer:"
+    for temperature in (0.0, 0.8):
+        params = SamplingParams(max_new_tokens=32, temperature=temperature, seed=1, ignore_eos=True)
+        completion = llm.generate(prompt, params)
+        assert completion.text == plain.generate(prompt, params).text
+        # All three levels take part, and a forward of the target is worth clearly more than one token.
+        assert completion.stats.stages.keys() == {"target", "intermediate", "eagle"}
+        assert completion.stats.acceptance_length > 2
