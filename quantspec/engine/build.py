@@ -48,10 +48,10 @@ def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
     or does not fit its target, ``ResourceError`` if the target does not fit into memory. ``notice`` gets one line for
     each thing that is not as asked for.
     """
+    folder = resolve(DEFAULT_TARGET if config.model == "default" else config.model)
     config = with_parts(config, notice)
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder = resolve(DEFAULT_TARGET if config.model == "default" else config.model)
     try:
         model = load_model(folder, device=config.device, mode=config.mode)
     except (MemoryError, RuntimeError) as error:
