@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
-    parser.add_argument("--rows", type=int, default=72, help="held-out rows of --seq-len tokens")
+    parser.add_argument("--rows", type=int, default=128, help="held-out rows of --seq-len tokens")
     parser.add_argument("--held-out", type=Path, default=data.HELD_OUT)
     for name in ("group_size", "calibration", "num_samples", "seq_len", "device"):
         default = getattr(QuantizeConfig, name)
