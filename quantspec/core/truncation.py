@@ -55,11 +55,11 @@ def truncate(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0)
     best = rows.max(axis=-1, keepdims=True)
     check_finite(best)
     prefixes = [min(top_k, size)] if top_k else [min(_PREFIX, size), size]
-    total = None
+    total: Rows | None = None
     if top_p < 1 and not top_k:
         # sum(exp(row - best)) as the inverse of the best's share: torch's softmax is four times as fast as numpy's exp,
         # and a row of it is the same in any company.
-        total = 1 / torch.softmax(torch.from_numpy(rows), dim=-1).amax(dim=-1).numpy()
+        total = torch.softmax(torch.from_numpy(rows), dim=-1).amax(dim=-1).reciprocal().numpy()
     cut, count = np.empty(len(rows), np.float32), np.empty(len(rows), np.int64)
     todo = np.arange(len(rows))
     for k in prefixes:
