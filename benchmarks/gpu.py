@@ -15,6 +15,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+PARTS = {
+    "--model": "target-w4",
+    "--draft-model": "intermediate-w4",
+    "--head": "eagle-target",
+    "--cascade-head": "eagle-intermediate",
+}
+"""Members of a family, by the option that names them to the acceptance benchmark."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -35,12 +43,17 @@ def main() -> int:
     trained = subprocess.run(
         [sys.executable, "-m", "quantspec.cli.main", *command], check=True, stdout=subprocess.PIPE, text=True
     )
+    acceptance = [sys.executable, "-m", "quantspec.benchmarks.acceptance", "--prompts", options.data[0].split(":")[0]]
+    for option, member in PARTS.items():
+        acceptance += [option, str(options.out / member)]
+    measured = subprocess.run(acceptance, check=True, stdout=subprocess.PIPE, text=True)
     report = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "command": " ".join(command),
         "stages": json.loads(trained.stdout.splitlines()[-1]),
+        "acceptance": json.loads(measured.stdout),
     }
     print(json.dumps(report))
     return 0
