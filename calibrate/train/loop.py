@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,7 @@ def fit(
                 group["lr"] = group["peak_lr"] * factor
         loss, metrics = loss_of(step, progress)
         loss.backward()
-        workers.average_gradients(net)
-        norm = nn.utils.clip_grad_norm_([p for p in net.parameters() if p.grad is not None], optim.clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"step {step}: the gradient is not finite")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        _update(net, optimizers, optim.clip, step)
         step, done_here = step + 1, done_here + 1
         if step % run.log_every == 0 and workers.rank() == 0:
             row = {
@@ -90,6 +84,17 @@ def fit(
     if evaluate and done_here and workers.rank() == 0:
         _append(out / "log.jsonl", {"step": step, "minutes": schedule.spent / 60, **evaluate()})
     return step
+
+
+def _update(net: nn.Module, optimizers: Sequence[torch.optim.Optimizer], clip: float, step: int) -> None:
+    """One optimizer step on the gradients' average over all processes, clipped to norm ``clip``; clears them."""
+    workers.average_gradients(net)
+    norm = nn.utils.clip_grad_norm_([p for p in net.parameters() if p.grad is not None], clip)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"step {step}: the gradient is not finite")
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
