@@ -53,8 +53,10 @@ ENGINE = {
     "rule": Flag(help="ratio: equal in distribution only, for chains."),
     "mode": Flag(help="fast: equal up to rounding only. Default: exact on a CPU, else fast.", metavar="|".join(MODES)),
     "device": Flag(help="cpu, cuda, cuda:1, ..."),
+    "backend": Flag(help="Kernels to run on. Default: the fastest that can (quantspec doctor).", metavar="NAME"),
+    "activations": Flag(help="What activations are rounded to. Default: the fastest; fp32 is nearest to the weights."),
     "max_context": Flag(help="Tokens of context to hold. Default: the model's own limit."),
-    "threads": Flag(help="CPU threads. Default: torch's choice."),
+    "threads": Flag(help="CPU threads. Default: one per core."),
 }
 # `-n` is the number of new tokens here, as in llama.cpp, so the number of samples gets a full name.
 NOT_OPTIONS = ("n",)

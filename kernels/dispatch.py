@@ -2,92 +2,216 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
 
 from quantspec.errors import UsageError
+
+Activations = Literal["int8", "fp32"]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a model asks of its kernels. ``bits`` 16: weights that are not quantized; ``group_size`` -1: one scale per
-    output channel."""
+    """What a model asks of its kernels. ``bits`` 16: no weight is quantized; ``group_size`` -1: one scale per output
+    channel; ``rows``: of one forward, at most; ``activations`` None: any."""
 
     device: str = "cpu"
     dtype: str = "float32"
     bits: int = 16
     group_size: int = -1
+    rows: int = 1
     row_invariant: bool = False
+    activations: Activations | None = None
+
+
+def _anywhere() -> str | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What a backend can do. ``group_sizes`` None: any; ``max_rows`` None: any number of rows in one forward.
+    """What a backend can do.
 
-    ``row_invariant``: a row has the same bits at any width, tree, chunking and batch.
+    ``dtypes`` are those of its inputs and outputs, ``activations`` what they are rounded to before they meet weights
+    (dense layers of a quantized model never round them). ``group_sizes`` None: any; ``channel``: one scale per output
+    channel too; ``max_rows`` None: any number of rows in one forward. ``row_invariant``: a row has the same bits at any
+    width, tree, chunking and batch. ``missing()`` says why *this machine* cannot run it, None if it can; its first call
+    may take seconds.
     """
 
     name: str
     summary: str
     devices: tuple[str, ...]
     dtypes: tuple[str, ...]
+    activations: Activations
     bits: tuple[int, ...]
-    group_sizes: tuple[int, ...] | None
+    group_sizes: tuple[int, ...] | range | None
+    channel: bool
     max_rows: int | None
     row_invariant: bool
+    missing: Callable[[], str | None] = _anywhere
 
-    def refusal(self, request: Request) -> str | None:
-        """Why this backend cannot serve the request; None if it can."""
+    def why_not(self, request: Request) -> str | None:
+        """Why this backend cannot serve the request here; None if it can."""
+        return self.unable(request) or (_no_cuda() if request.device == "cuda" else None) or self.missing()
+
+    def unable(self, request: Request) -> str | None:
+        """Why it could not serve the request on any machine; None if it could."""
         if request.device not in self.devices:
             return f"does not run on {request.device}"
         if request.dtype not in self.dtypes:
             return f"does not compute in {request.dtype}"
         if request.bits not in self.bits:
-            return f"has no {request.bits}-bit weights"
-        if request.bits != 16 and self.group_sizes is not None and request.group_size not in self.group_sizes:
-            return f"has no groups of {request.group_size}"
+            return "needs quantized weights" if request.bits == 16 else f"has no {request.bits}-bit weights"
+        if request.bits != 16 and not self._has_group(request.group_size):
+            return "has no scales per channel" if request.group_size == -1 else f"has no groups of {request.group_size}"
+        if request.activations not in (None, self.activations):
+            return f"computes with {self.activations} activations"
+        if self.max_rows is not None and request.rows > self.max_rows:
+            return f"takes {self.max_rows} rows at a time, not {request.rows}"
         if request.row_invariant and not self.row_invariant:
             return "its rows change with the width of a forward"
         return None
 
+    def abilities(self) -> str:
+        """For people: one line."""
+        least, *_, most = sorted(self.bits)
+        if len(self.bits) == 1:
+            weights = f"{most}-bit weights"
+        else:
+            weights = f"weights of {least} to 8 and 16 bits" if most == 16 else f"weights of {least} to {most} bits"
+        rows = "any number of rows" if self.max_rows is None else f"at most {self.max_rows} rows"
+        invariant = "rows equal at any width" if self.row_invariant else "rows change with the width"
+        parts = (" and ".join(self.devices), "/".join(self.dtypes), weights, self._groups(), rows, invariant)
+        return ", ".join(parts)
 
-_REFERENCE = Backend(
-    name="reference-fast",
-    summary="plain torch, fused attention",
+    def _has_group(self, size: int) -> bool:
+        return self.channel if size == -1 else self.group_sizes is None or size in self.group_sizes
+
+    def _groups(self) -> str:
+        if self.group_sizes is None:
+            return "any group size"
+        sizes = f"multiples of {self.group_sizes.step}" if isinstance(self.group_sizes, range) else _or(self.group_sizes)
+        return f"groups of {sizes}" + (" or a whole channel" if self.channel else "")
+
+
+def _native() -> str | None:
+    from quantspec.kernels.cpu import library
+
+    return library.usable()
+
+
+@cache
+def _no_cuda() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "there is no CUDA device that torch can use"
+
+
+@cache
+def _avx512() -> str | None:
+    import torch
+
+    found = torch.backends.cpu.get_cpu_capability()
+    if "AVX512" in found or "AMX" in found:
+        return None
+    return f"torch has an int4 kernel for AVX-512 and AMX; here ({found}) it is 5 to 13 times slower than dense fp32"
+
+
+_EXACT = Backend(
+    name="reference-exact",
+    summary="plain torch, weights expanded to fp32",
     devices=("cpu", "cuda"),
     dtypes=("float32",),
-    bits=(2, 3, 4, 5, 6, 7, 8, 16),
+    activations="fp32",
+    bits=(*range(2, 9), 16),
     group_sizes=None,
+    channel=True,
     max_rows=None,
+    row_invariant=True,
+)
+_FAST = replace(
+    _EXACT,
+    name="reference-fast",
+    summary="plain torch and its fused attention, weights expanded to fp32",
     row_invariant=False,
 )
-_EXACT = replace(_REFERENCE, name="reference-exact", summary="plain torch, rows equal at any width", row_invariant=True)
-BACKENDS = (_REFERENCE, _EXACT)
+_CPU_FP32 = replace(
+    _EXACT,
+    name="cpu-fp32",
+    summary="native: packed weights, fp32 activations",
+    devices=("cpu",),
+    group_sizes=range(32, 2**31, 32),
+    missing=_native,
+)
+_CPU_INT8 = replace(
+    _CPU_FP32,
+    name="cpu-int8",
+    summary="native: packed weights, int8 activations",
+    activations="int8",
+    bits=tuple(range(2, 9)),
+)
+_TORCH_INT4 = replace(
+    _FAST,
+    name="torch-int4",
+    summary="torch's int4 operator",
+    devices=("cpu",),
+    bits=(4,),
+    group_sizes=(32, 64, 128, 256),
+    channel=False,
+    missing=_avx512,
+)
+BACKENDS = (_CPU_INT8, _CPU_FP32, _TORCH_INT4, _FAST, _EXACT)
 """Fastest first."""
 
 
-def choose(request: Request) -> Backend:
-    """The fastest backend that serves the request. Raises ``UsageError`` with every backend's reason if none does."""
-    refusals = {backend.name: backend.refusal(request) for backend in BACKENDS}
+def choose(request: Request, name: str | None = None) -> Backend:
+    """The backend of that name, or the fastest that serves the request.
+
+    Raises ``UsageError``, with every reason, if it does not serve it, if none does, or if there is none of that name.
+    """
+    if name is not None:
+        return _named(request, name)
     for backend in BACKENDS:
-        if refusals[backend.name] is None:
+        if backend.why_not(request) is None:
             return backend
-    reasons = "; ".join(f"{name} {reason}" for name, reason in refusals.items())
-    raise UsageError(f"no kernel for {request.bits}-bit weights in {request.dtype} on {request.device}", hint=reasons)
+    kind = "dense" if request.bits == 16 else f"{request.bits}-bit"
+    reasons = "; ".join(f"{backend.name} {backend.why_not(request)}" for backend in BACKENDS)
+    raise UsageError(f"no kernel for {kind} weights in {request.dtype} on {request.device}", hint=reasons)
+
+
+def _named(request: Request, name: str) -> Backend:
+    named = next((backend for backend in BACKENDS if backend.name == name), None)
+    if named is None:
+        raise UsageError(f"unknown backend {name!r}", hint=f"one of {', '.join(each.name for each in BACKENDS)}")
+    reason = named.why_not(request)
+    if reason is not None:
+        able = [each.name for each in BACKENDS if each is not named and each.unable(request) is None]
+        hint = f"leave the choice to quantspec, or take {_or(able)}" if able else "quantspec doctor tells what works"
+        raise UsageError(f"backend {name} cannot run this model here: {reason}", hint=hint)
+    return named
+
+
+def passed_over(request: Request, chosen: Backend) -> str | None:
+    """Why a faster backend, which could serve the request elsewhere, does not here; None if there is none such."""
+    for backend in BACKENDS[: BACKENDS.index(chosen)]:
+        if backend.unable(request) is None:
+            return backend.missing()
+    return None
 
 
 def table() -> dict[str, str]:
-    """One line per backend on what it can do here, for ``quantspec doctor``."""
-    return {backend.name: f"{backend.summary}; {_abilities(backend)}" for backend in BACKENDS}
+    """One line per backend on whether it runs here, or why not, and what it can do, for ``quantspec doctor``."""
+    return {backend.name: f"{_state(backend)} ({backend.summary}; {backend.abilities()})" for backend in BACKENDS}
 
 
-def _abilities(backend: Backend) -> str:
-    usable = [device for device in backend.devices if device == "cpu" or _has_cuda()]
-    bits = f"{min(backend.bits)} to 8 and 16 bits" if set(range(2, 9)) < set(backend.bits) else f"{backend.bits} bits"
-    groups = "any group size" if backend.group_sizes is None else f"groups of {backend.group_sizes}"
-    return f"{' and '.join(usable) or 'no usable device'}, {' and '.join(backend.dtypes)}, weights of {bits}, {groups}"
+def _state(backend: Backend) -> str:
+    reason = backend.missing()
+    return "usable" if reason is None else f"not usable: {reason}"
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def _or(names: tuple[int, ...] | list[str]) -> str:
+    *rest, last = map(str, names)
+    return f"{', '.join(rest)} or {last}" if rest else last

@@ -9,16 +9,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from quantspec.drafters.config import CascadeOptions, EagleOptions, LookupOptions
 from quantspec.errors import UsageError
+from quantspec.kernels.dispatch import BACKENDS, Activations
 
 METHODS = ("none", "lookup", "draft", "eagle", "cascade")
 """What proposes: nothing, prompt lookup, a small model, an EAGLE head, or an EAGLE head filtered by a small model."""
 
 MODES = ("exact", "fast")
 """``exact``: a row has the same bits at any width, so text equals plain decoding. ``fast``: up to rounding only."""
+
+KERNELS = tuple(backend.name for backend in BACKENDS)
+"""Backends that can be asked for by name; ``quantspec doctor`` tells which of them this machine has."""
+
+ACTIVATIONS = get_args(Activations)
+"""What activations are rounded to before they meet quantized weights."""
 
 RULES = ("exact", "ratio")
 """``exact``: keyed noise, so the text does not depend on the drafter. ``ratio``: min(1, p/q), equal in distribution."""
@@ -39,8 +46,9 @@ class EngineConfig:
     ``num_speculative_tokens`` bounds the draft tokens in one target forward (None: the method's default), ``min_draft``
     is the length at which a cascade asks its target. ``tree_*`` shape the EAGLE tree: depth in levels, children per
     node, and (for a cascade, where the tree meets the intermediate) nodes. ``max_context`` bounds prompt and output
-    below the model's own limit. ``max_batch`` sequences run at a time; more wait. ``threads`` None: as torch chooses.
-    ``mode`` None: exact on a CPU, fast elsewhere.
+    below the model's own limit. ``max_batch`` sequences run at a time; more wait. ``threads`` None: every core.
+    ``mode`` None: exact on a CPU, fast elsewhere. ``backend`` and ``activations`` None: the fastest that can run the
+    model; a draft model that cannot follow takes its own fastest, and a line says so.
     """
 
     model: str = "default"
@@ -57,13 +65,21 @@ class EngineConfig:
     rule: Literal["exact", "ratio"] = "exact"
     mode: str | None = None
     device: str = "cpu"
+    backend: str | None = None
+    activations: Activations | None = None
     max_context: int | None = None
     max_batch: int = 8
     prefill_chunk: int = 512
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", METHODS), ("mode", MODES), ("rule", RULES)):
+        for name, choices in (
+            ("method", METHODS),
+            ("mode", MODES),
+            ("backend", KERNELS),
+            ("activations", ACTIVATIONS),
+            ("rule", RULES),
+        ):
             value = getattr(self, name)
             if value not in choices and not (value is None and name != "rule"):
                 hint = did_you_mean(str(value), choices) or f"one of {', '.join(choices)}"
