@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quantspec.errors import ModelError, UsageError
+from quantspec.errors import UsageError
 from quantspec.kernels import dispatch
 from quantspec.kernels.reference import Linear
 from quantspec.models.atomic import verify_manifest
@@ -16,12 +15,7 @@ from quantspec.models.base import CausalModel
 from quantspec.models.config import ModelConfig, UnsupportedModel, read_config
 from quantspec.models.decoder import Decoder, Layer
 from quantspec.models.resolve import resolve
-from quantspec.models.tensors import TensorStore
-from quantspec.numerics.affine import dequantize
-from quantspec.numerics.packing import unpack_weight
-
-_MISMATCH = "config.json and the weights belong to different models"
-_PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+from quantspec.models.weights import Fused, LayerNames, Weights, to_dense
 
 
 def load_model(name: str | Path, *, device: str = "cpu", mode: str | None = None) -> CausalModel:
@@ -63,84 +57,36 @@ def _device_kind(device: str) -> str:
 
 def load_decoder(folder: Path, config: ModelConfig, device: torch.device, exact: bool) -> Decoder:
     """The native decoder of a checkpoint. Raises ``ModelError``: a tensor is missing, misshapen or left over."""
-    weights = _Weights(folder, config, device)
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    embedding = weights.dense("model.embed_tokens.weight", (config.vocab_size, hidden))
+    weights, hidden = Weights(folder, config), config.hidden_size
+
+    def dense(name: str, *shape: int) -> Tensor:
+        return weights.dense(name, shape).to(device)
+
+    def linear(fused: Fused) -> Linear:
+        parts = [to_dense(weights.linear(name, (size, fused.in_features))) for name, size in fused.parts]
+        bias = weights.bias(fused)
+        return Linear(torch.cat(parts).to(device), None if bias is None else bias.to(device))
+
+    def qk_norm(i: int) -> Tensor:
+        q, k = weights.qk_norm(i)
+        return torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1))).to(device)
+
+    embedding = dense("model.embed_tokens.weight", config.vocab_size, hidden)
     layers = []
     for i in range(config.num_layers):
-        attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-        qkv = [(attention + "q_proj", q_size), (attention + "k_proj", kv_size), (attention + "v_proj", kv_size)]
-        gate_up = [(mlp + "gate_proj", inner), (mlp + "up_proj", inner)]
+        names = LayerNames.of(config, i)
         layers.append(
             Layer(
-                input_norm=weights.dense(f"model.layers.{i}.input_layernorm.weight", (hidden,)),
-                qkv=weights.linear(qkv, hidden, config.qkv_bias),
-                qk_norm=weights.qk_norm(attention) if config.qk_norm else None,
-                o=weights.linear([(attention + "o_proj", hidden)], q_size, config.o_bias),
-                post_norm=weights.dense(f"model.layers.{i}.post_attention_layernorm.weight", (hidden,)),
-                gate_up=weights.linear(gate_up, hidden, config.mlp_bias),
-                down=weights.linear([(mlp + "down_proj", hidden)], inner, config.mlp_bias),
+                input_norm=dense(names.input_norm, hidden),
+                qkv=linear(names.qkv),
+                qk_norm=qk_norm(i) if config.qk_norm else None,
+                o=linear(names.o),
+                post_norm=dense(names.post_norm, hidden),
+                gate_up=linear(names.gate_up),
+                down=linear(names.down),
             )
         )
-    norm = weights.dense("model.norm.weight", (hidden,))
-    head = Linear(embedding) if config.tied else weights.linear([("lm_head", config.vocab_size)], hidden, False)
+    norm = dense("model.norm.weight", hidden)
+    head = Linear(embedding) if config.tied else linear(Fused((("lm_head", config.vocab_size),), hidden, bias=False))
     weights.refuse_leftovers()
     return Decoder(config, embedding, layers, norm, head, weight_bytes=weights.bytes, exact=exact)
-
-
-class _Weights:
-    """Takes tensors out of a checkpoint, checks their shapes and remembers which were taken."""
-
-    def __init__(self, folder: Path, config: ModelConfig, device: torch.device) -> None:
-        self._store, self._config, self._device = TensorStore(folder), config, device
-        self._taken: set[str] = set()
-        self.bytes = 0
-
-    def _take(self, name: str) -> Tensor:
-        tensor = self._store.get(name)
-        self._taken.add(name)
-        self.bytes += tensor.numel() * tensor.element_size()
-        return tensor
-
-    def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor in fp32."""
-        self._check(name, self._store.shape(name), shape)
-        tensor = self._take(name)
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ModelError(f"{self._store.folder}: {name} is stored as {tensor.dtype}, which is not supported")
-        return tensor.float().to(self._device)
-
-    def qk_norm(self, attention: str) -> Tensor:
-        """Norm weights of all query heads, then all key heads: ``[heads + kv_heads, head_dim]``."""
-        config = self._config
-        q, k = (self.dense(f"{attention}{name}_norm.weight", (config.head_dim,)) for name in "qk")
-        return torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)))
-
-    def linear(self, parts: Sequence[tuple[str, int]], in_features: int, bias: bool) -> Linear:
-        """Layers that read the same input, fused into one. ``parts`` are names and output sizes."""
-        weight = torch.cat([self._weight(name, (size, in_features)) for name, size in parts])
-        biases = [self.dense(f"{name}.bias", (size,)) for name, size in parts] if bias else []
-        return Linear(weight, torch.cat(biases) if biases else None)
-
-    def _weight(self, name: str, shape: tuple[int, int]) -> Tensor:
-        quantization = self._config.quantization
-        if quantization is None or f"{name}.weight_packed" not in self._store:
-            return self.dense(f"{name}.weight", shape)
-        suffixes = [suffix for suffix in _PACKED if f"{name}.{suffix}" in self._store]
-        quantized = unpack_weight({suffix: self._take(f"{name}.{suffix}") for suffix in suffixes}, quantization.scheme)
-        self._check(name, tuple(quantized.codes.shape), shape)
-        return dequantize(quantized).to(self._device)
-
-    def _check(self, name: str, found: tuple[int, ...], implied: tuple[int, ...]) -> None:
-        if found != implied:
-            message = f"{name} has shape {list(found)}, config.json implies {list(implied)}"
-            raise ModelError(f"{self._store.folder}: {message}", hint=_MISMATCH)
-
-    def refuse_leftovers(self) -> None:
-        """Weights that the architecture does not use mean that config.json describes another model."""
-        harmless = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if self._config.tied else ())
-        left = sorted(name for name in set(self._store.keys()) - self._taken if not name.endswith(harmless))
-        if left:
-            unused = f"{len(left)} tensors that {self._config.architecture} does not use, such as {left[0]}"
-            raise ModelError(f"{self._store.folder} has {unused}", hint=_MISMATCH)

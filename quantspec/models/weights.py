@@ -1,0 +1,126 @@
+"""Tensors of a checkpoint by what the architecture needs: shapes checked, and none left over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantspec.errors import ModelError
+from quantspec.models.config import ModelConfig
+from quantspec.models.tensors import TensorStore
+from quantspec.numerics.affine import QuantizedWeight, dequantize
+from quantspec.numerics.packing import unpack_weight
+
+_MISMATCH = "config.json and the weights belong to different models"
+_PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Linear layers that read the same input and run as one. ``parts`` are their names and output sizes."""
+
+    parts: tuple[tuple[str, int], ...]
+    in_features: int
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNames:
+    """What one decoder layer is made of: names of its tensors, and its linear layers as they are fused."""
+
+    input_norm: str
+    qkv: Fused
+    o: Fused
+    post_norm: str
+    gate_up: Fused
+    down: Fused
+
+    @classmethod
+    def of(cls, config: ModelConfig, i: int) -> LayerNames:
+        layer, hidden, inner = f"model.layers.{i}.", config.hidden_size, config.intermediate_size
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        attention, mlp = layer + "self_attn.", layer + "mlp."
+        qkv = (attention + "q_proj", q_size), (attention + "k_proj", kv_size), (attention + "v_proj", kv_size)
+        gate_up = (mlp + "gate_proj", inner), (mlp + "up_proj", inner)
+        return cls(
+            input_norm=layer + "input_layernorm.weight",
+            qkv=Fused(qkv, hidden, config.qkv_bias),
+            o=Fused(((attention + "o_proj", hidden),), q_size, config.o_bias),
+            post_norm=layer + "post_attention_layernorm.weight",
+            gate_up=Fused(gate_up, hidden, config.mlp_bias),
+            down=Fused(((mlp + "down_proj", hidden),), inner, config.mlp_bias),
+        )
+
+
+class Weights:
+    """Takes tensors out of a checkpoint, checks their shapes and remembers which were taken. Everything raises
+    ``ModelError`` with the tensor and the folder named."""
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        self._store, self._config = TensorStore(folder), config
+        self._taken: set[str] = set()
+        self.bytes = 0
+
+    @property
+    def folder(self) -> Path:
+        return self._store.folder
+
+    def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor in fp32."""
+        return self.stored(name, shape).float()
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor in the floating type that it is stored in."""
+        self._check(name, self._store.shape(name), shape)
+        tensor = self._take(name)
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ModelError(f"{self.folder}: {name} is stored as {tensor.dtype}, which is not supported")
+        return tensor
+
+    def linear(self, name: str, shape: tuple[int, int]) -> Tensor | QuantizedWeight:
+        """The weight of one linear layer, as it is stored."""
+        quantization = self._config.quantization
+        if quantization is None or f"{name}.weight_packed" not in self._store:
+            return self.stored(f"{name}.weight", shape)
+        suffixes = [suffix for suffix in _PACKED if f"{name}.{suffix}" in self._store]
+        quantized = unpack_weight({suffix: self._take(f"{name}.{suffix}") for suffix in suffixes}, quantization.scheme)
+        self._check(name, tuple(quantized.codes.shape), shape)
+        return quantized
+
+    def bias(self, layer: Fused) -> Tensor | None:
+        """The biases of fused layers in fp32, one after the other; None where the architecture has none."""
+        if not layer.bias:
+            return None
+        return torch.cat([self.dense(f"{name}.bias", (size,)) for name, size in layer.parts])
+
+    def qk_norm(self, i: int) -> Sequence[Tensor]:
+        """Norm weights ``[head_dim]`` of layer i's queries and keys."""
+        return [self.dense(f"model.layers.{i}.self_attn.{x}_norm.weight", (self._config.head_dim,)) for x in "qk"]
+
+    def _take(self, name: str) -> Tensor:
+        tensor = self._store.get(name)
+        self._taken.add(name)
+        self.bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def _check(self, name: str, found: tuple[int, ...], implied: tuple[int, ...]) -> None:
+        if found != implied:
+            message = f"{name} has shape {list(found)}, config.json implies {list(implied)}"
+            raise ModelError(f"{self.folder}: {message}", hint=_MISMATCH)
+
+    def refuse_leftovers(self) -> None:
+        """Weights that the architecture does not use mean that config.json describes another model."""
+        harmless = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if self._config.tied else ())
+        left = sorted(name for name in set(self._store.keys()) - self._taken if not name.endswith(harmless))
+        if left:
+            unused = f"{len(left)} tensors that {self._config.architecture} does not use, such as {left[0]}"
+            raise ModelError(f"{self.folder} has {unused}", hint=_MISMATCH)
+
+
+def to_dense(weight: Tensor | QuantizedWeight) -> Tensor:
+    """``[N, K]`` in fp32."""
+    return weight.float() if isinstance(weight, Tensor) else dequantize(weight)
