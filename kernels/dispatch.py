@@ -77,14 +77,18 @@ class Backend:
 
     def abilities(self) -> str:
         """For people: one line."""
-        least, *_, most = sorted(self.bits)
-        if len(self.bits) == 1:
-            weights = f"{most}-bit weights"
-        else:
-            weights = f"weights of {least} to 8 and 16 bits" if most == 16 else f"weights of {least} to {most} bits"
+        least, most = min(self.bits), max(self.bits)
+        bits = f"{least} to 8 and 16" if most == 16 else f"{least} to {most}" if most > least else str(most)
         rows = "any number of rows" if self.max_rows is None else f"at most {self.max_rows} rows"
         invariant = "rows equal at any width" if self.row_invariant else "rows change with the width"
-        parts = (" and ".join(self.devices), "/".join(self.dtypes), weights, self._groups(), rows, invariant)
+        parts = (
+            " and ".join(self.devices),
+            "/".join(self.dtypes),
+            f"weights of {bits} bits",
+            self._groups(),
+            rows,
+            invariant,
+        )
         return ", ".join(parts)
 
     def _has_group(self, size: int) -> bool:
@@ -93,11 +97,14 @@ class Backend:
     def _groups(self) -> str:
         if self.group_sizes is None:
             return "any group size"
-        sizes = f"multiples of {self.group_sizes.step}" if isinstance(self.group_sizes, range) else _or(self.group_sizes)
+        sizes = (
+            f"multiples of {self.group_sizes.step}" if isinstance(self.group_sizes, range) else _or(self.group_sizes)
+        )
         return f"groups of {sizes}" + (" or a whole channel" if self.channel else "")
 
 
 def _native() -> str | None:
+    return "the native decoder is not wired yet"
     from quantspec.kernels.cpu import library
 
     return library.usable()

@@ -1,20 +1,113 @@
-"""Backends are chosen by what they declare, and refusals say why."""
+"""Backends are chosen by what they declare and what the machine has, and refusals say why."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from quantspec.errors import UsageError
-from quantspec.kernels.dispatch import BACKENDS, Request, choose, table
+from quantspec.kernels import dispatch
+from quantspec.kernels.dispatch import BACKENDS, Backend, Request, choose, passed_over, table
+
+BY_NAME = {backend.name: backend for backend in BACKENDS}
+NO_COMPILER = "no C++ compiler was found"
+W4 = Request(bits=4, group_size=128)
 
 
-def test_fastest_that_serves() -> None:
-    assert choose(Request()).name == "reference-fast"
-    assert choose(Request(row_invariant=True)).name == "reference-exact"
-    assert choose(Request(bits=3, group_size=40)).name == "reference-fast"
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """What each backend misses here; every one is there until a test says otherwise."""
+    missing: dict[str, str | None] = {}
+
+    def with_missing(backend: Backend) -> Backend:
+        return replace(backend, missing=lambda: missing.get(backend.name))
+
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(with_missing(backend) for backend in BACKENDS))
+    return missing
+
+
+def without_native(machine: dict[str, str | None]) -> None:
+    machine |= {"cpu-int8": NO_COMPILER, "cpu-fp32": NO_COMPILER}
+
+
+@pytest.mark.parametrize(
+    "request_,native,eager",
+    [
+        (W4, "cpu-int8", "torch-int4"),
+        (replace(W4, row_invariant=True), "cpu-int8", "reference-exact"),
+        (replace(W4, activations="fp32"), "cpu-fp32", "torch-int4"),
+        (Request(bits=8, group_size=-1), "cpu-int8", "reference-fast"),
+        (Request(bits=4, group_size=-1), "cpu-int8", "reference-fast"),
+        (Request(bits=3, group_size=96, rows=64), "cpu-int8", "reference-fast"),
+        (Request(bits=4, group_size=40), "reference-fast", "reference-fast"),
+        (Request(row_invariant=True), "cpu-fp32", "reference-exact"),
+        (Request(), "cpu-fp32", "reference-fast"),
+    ],
+)
+def test_the_fastest_that_serves(machine: dict[str, str | None], request_: Request, native: str, eager: str) -> None:
+    assert choose(request_).name == native
+    without_native(machine)
+    chosen = choose(request_)
+    assert chosen.name == eager
+    assert passed_over(request_, chosen) == (NO_COMPILER if native != eager else None)
+
+
+def test_nothing_is_passed_over_where_nothing_is_missing(machine: dict[str, str | None]) -> None:
+    assert passed_over(W4, choose(W4)) is None
+    uneven = Request(bits=4, group_size=40)
+    without_native(machine)
+    assert passed_over(uneven, choose(uneven)) is None
+
+
+@pytest.mark.parametrize(
+    "name,request_,reason",
+    [
+        ("cpu-int8", replace(W4, device="cuda"), "does not run on cuda"),
+        ("cpu-int8", replace(W4, dtype="float16"), "does not compute in float16"),
+        ("cpu-int8", replace(W4, bits=9), "has no 9-bit weights"),
+        ("cpu-int8", Request(), "needs quantized weights"),
+        ("cpu-int8", replace(W4, group_size=40), "has no groups of 40"),
+        ("cpu-int8", replace(W4, activations="fp32"), "computes with int8 activations"),
+        ("cpu-fp32", replace(W4, activations="int8"), "computes with fp32 activations"),
+        ("torch-int4", replace(W4, bits=8), "has no 8-bit weights"),
+        ("torch-int4", replace(W4, group_size=96), "has no groups of 96"),
+        ("torch-int4", replace(W4, group_size=-1), "has no scales per channel"),
+        ("torch-int4", replace(W4, row_invariant=True), "its rows change with the width of a forward"),
+        ("reference-fast", replace(W4, row_invariant=True), "its rows change with the width of a forward"),
+        ("reference-exact", replace(W4, activations="int8"), "computes with fp32 activations"),
+    ],
+)
+def test_refusals_of_one_backend(name: str, request_: Request, reason: str) -> None:
+    assert BY_NAME[name].unable(request_) == reason
+    with pytest.raises(UsageError) as caught:
+        choose(request_, name)
+    assert str(caught.value) == f"backend {name} cannot run this model here: {reason}"
+    assert caught.value.hint
+
+
+def test_a_limit_of_rows() -> None:
+    narrow = replace(BY_NAME["torch-int4"], max_rows=16)
+    assert narrow.unable(replace(W4, rows=16)) is None
+    assert narrow.unable(replace(W4, rows=17)) == "takes 16 rows at a time, not 17"
+    assert "at most 16 rows" in narrow.abilities()
+
+
+def test_a_machine_that_misses_what_a_backend_needs(machine: dict[str, str | None]) -> None:
+    without_native(machine)
+    with pytest.raises(UsageError, match="cpu-int8 cannot run this model here: no C\\+\\+ compiler") as caught:
+        choose(W4, "cpu-int8")
+    assert "torch-int4" in (caught.value.hint or "")
+    assert choose(W4, "reference-exact").name == "reference-exact"
+
+
+def test_a_name_that_nobody_has() -> None:
+    with pytest.raises(UsageError, match="unknown backend 'marlin'") as caught:
+        choose(W4, "marlin")
+    assert all(name in (caught.value.hint or "") for name in BY_NAME)
 
 
 @pytest.mark.parametrize(
@@ -22,28 +115,51 @@ def test_fastest_that_serves() -> None:
     [
         (Request(device="meta"), "does not run on meta"),
         (Request(dtype="float16"), "does not compute in float16"),
-        (Request(bits=9), "has no 9-bit weights"),
+        (Request(bits=9, group_size=32), "has no 9-bit weights"),
     ],
 )
-def test_refusals_carry_reasons(request_: Request, reason: str) -> None:
+def test_nothing_serves_and_every_backend_says_why(request_: Request, reason: str) -> None:
     with pytest.raises(UsageError, match="no kernel for") as caught:
         choose(request_)
-    assert (caught.value.hint or "").count(reason) == len(BACKENDS)
+    assert [each.split(" ", 1) for each in (caught.value.hint or "").split("; ")] == [
+        [name, reason] for name in BY_NAME
+    ]
 
 
-def test_limits_that_a_backend_declares() -> None:
-    import dataclasses
+def test_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    dispatch._no_cuda.cache_clear()
+    try:
+        with pytest.raises(UsageError) as caught:
+            choose(replace(W4, device="cuda"))
+    finally:
+        dispatch._no_cuda.cache_clear()
+    assert "reference-fast there is no CUDA device that torch can use" in (caught.value.hint or "")
+    assert "cpu-int8 does not run on cuda" in (caught.value.hint or "")
 
-    narrow = dataclasses.replace(BACKENDS[0], group_sizes=(128,))
-    assert narrow.refusal(Request(bits=4, group_size=64)) == "has no groups of 64"
-    assert narrow.refusal(Request(bits=16)) is None
-    assert narrow.refusal(Request(row_invariant=True)) == "its rows change with the width of a forward"
+
+@pytest.mark.parametrize("capability,usable", [("AVX2", False), ("DEFAULT", False), ("AVX512", True), ("AMX", True)])
+def test_torch_int4_where_it_is_good(monkeypatch: pytest.MonkeyPatch, capability: str, usable: bool) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    dispatch._avx512.cache_clear()
+    try:
+        reason = BY_NAME["torch-int4"].why_not(W4)
+    finally:
+        dispatch._avx512.cache_clear()
+    assert (reason is None) == usable
+    assert usable or f"({capability}) it is 5 to 13 times slower" in (reason or "")
 
 
-def test_table_has_a_line_for_each() -> None:
+def test_table_says_usable_or_why_not(machine: dict[str, str | None]) -> None:
+    without_native(machine)
     lines = table()
     assert list(lines) == [backend.name for backend in BACKENDS]
-    assert all("2 to 8 and 16 bits" in line and "cpu" in line for line in lines.values())
+    assert lines["cpu-int8"].startswith(f"not usable: {NO_COMPILER} (")
+    assert "weights of 2 to 8 bits, groups of multiples of 32 or a whole channel" in lines["cpu-int8"]
+    assert lines["torch-int4"].startswith("usable (")
+    assert "weights of 4 bits, groups of 32, 64, 128 or 256, any number of rows, rows change" in lines["torch-int4"]
+    assert "weights of 2 to 8 and 16 bits, any group size" in lines["reference-exact"]
+    assert "rows equal at any width" in lines["reference-exact"]
 
 
 def test_no_torch_at_import() -> None:
