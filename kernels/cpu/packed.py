@@ -1,0 +1,175 @@
+"""Linear layers packed for the CPU kernels (layout: ``src/linear.h``), in memory of 2 MB pages where the system has them."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+from ctypes import c_int, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from quantspec.errors import ModelError, UsageError
+from quantspec.kernels.cpu.library import bind
+from quantspec.numerics.affine import QuantizedWeight
+from quantspec.numerics.scheme import CHANNEL, Scheme
+
+PANEL = 32
+"""Output rows that lie together; N is filled up to a multiple."""
+GROUPS = (128, 64, 32)
+"""Group sizes of the kernels; other sizes are split into the largest of these that divides them."""
+_Q4, _Q8 = 0, 1
+_DTYPES = {torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+_HUGE = 2 * 2**20
+
+
+class LinearStruct(ctypes.Structure):
+    """``struct Linear`` of ``src/linear.h``."""
+
+    _fields_ = (
+        ("panels", c_void_p), ("bias", c_void_p), ("rows", c_int32), ("cols", c_int32), ("format", c_int32),
+        ("group", c_int32), ("scale_type", c_int32), ("asymmetric", c_int32),
+    )  # fmt: skip
+
+
+class Arena:
+    """Hands out memory for packed weights from chunks that ask for 2 MB pages: many small mappings would not get any."""
+
+    def __init__(self, chunk: int = 32 * _HUGE) -> None:
+        self._chunk, self._free = chunk, torch.empty(0, dtype=torch.uint8)
+
+    def take(self, count: int) -> Tensor:
+        """``count`` zeroed bytes, aligned to 64."""
+        size = math.ceil(count / 64) * 64
+        if size > self._free.shape[0]:
+            self._free = _huge_pages(max(size, self._chunk))
+        taken, self._free = self._free[:count], self._free[size:]
+        return taken
+
+
+def _huge_pages(count: int) -> Tensor:
+    size = math.ceil(count / _HUGE) * _HUGE
+    memory = mmap.mmap(-1, size + _HUGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE
+    return whole[start : start + size]
+
+
+def refusal(scheme: Scheme) -> str | None:
+    """Why a weight of this scheme cannot be packed; None if it can."""
+    if scheme.group_size != CHANNEL and scheme.group_size % GROUPS[-1]:
+        return f"has groups of multiples of {GROUPS[-1]} alone, not of {scheme.group_size}"
+    return None
+
+
+class PackedLinear:
+    """``x [n, K] @ weight [N, K].T + bias [N]`` with the weight in panels.
+
+    ``integer`` says whether quantized weights meet int8 activations (one scale per row and group, codes within +-127) or
+    fp32 ones. Either way a row of the output has the same bits for every n and number of threads. ``nbytes`` is what
+    one product reads. Safe to call from several threads.
+    """
+
+    def __init__(self, struct: LinearStruct, memory: Tensor, bias: Tensor | None, *, integer: bool) -> None:
+        self.struct, self.integer = struct, integer
+        self.shape = (struct.rows, struct.cols)
+        self.nbytes = memory.shape[0]
+        self._memory, self._bias = memory, bias
+
+    @property
+    def quantized(self) -> bool:
+        return self.struct.format in (_Q4, _Q8)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[n, K]`` fp32 to ``[n, N]``. Raises ``UsageError`` for another shape, type, device or memory order."""
+        n_out, k = self.shape
+        if x.dim() != 2 or x.shape[1] != k or x.dtype != torch.float32 or x.device.type != "cpu" or x.stride(1) != 1:
+            found = f"{list(x.shape)} of {x.dtype} on {x.device}, strides {x.stride()}"
+            raise UsageError(f"a packed weight [{n_out}, {k}] needs rows [n, {k}] of float32 on the CPU, not {found}")
+        y = x.new_empty(x.shape[0], n_out)
+        if x.shape[0]:
+            arguments = (x.data_ptr(), x.stride(0), x.shape[0], y.data_ptr(), n_out, 0, int(self.integer))
+            _matmul()(ctypes.byref(self.struct), *arguments)
+        return y
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Dequantized rows ``[n, K]`` of the weight for int32 ``ids [n]``: embeddings out of a tied LM head."""
+        assert ids.dtype == torch.int32 and ids.is_contiguous() and (not len(ids) or 0 <= int(ids.min()))
+        assert not len(ids) or int(ids.max()) < self.shape[0]
+        out = torch.empty(len(ids), self.shape[1])
+        _embed()(ctypes.byref(self.struct), ids.data_ptr(), len(ids), out.data_ptr(), self.shape[1])
+        return out
+
+
+def pack(
+    weight: QuantizedWeight | Tensor, bias: Tensor | None = None, *, arena: Arena | None = None, integer: bool = True
+) -> PackedLinear:
+    """Pack a weight ``[N, K]``: codes of up to 4 bits as nibbles, of 5 to 8 as bytes, plain tensors in their own type.
+
+    K need not be a multiple of the group, nor N one of the panel. Raises ``ModelError`` for scales that are not finite,
+    ``UsageError`` for shapes, types or schemes that the kernels do not have.
+    """
+    if bias is not None:
+        bias = bias.float().contiguous()
+    if isinstance(weight, Tensor):
+        return _pack_dense(weight, bias, arena or Arena(0))
+    return _pack_quantized(weight, bias, arena or Arena(0), integer)
+
+
+def _pack_dense(weight: Tensor, bias: Tensor | None, arena: Arena) -> PackedLinear:
+    if weight.dim() != 2 or 0 in weight.shape or weight.dtype not in _DTYPES or weight.device.type != "cpu":
+        raise UsageError(f"cannot pack a weight {list(weight.shape)} of {weight.dtype} on {weight.device}")
+    n, k = weight.shape
+    dense = weight.contiguous()
+    struct = LinearStruct(rows=n, cols=k, format=_DTYPES[weight.dtype])
+    memory = _allocate(struct, bias, arena, math.ceil(n / PANEL) * PANEL * k * weight.element_size())
+    bind("qs_pack_dense", None, [c_void_p, c_void_p])(ctypes.byref(struct), dense.data_ptr())
+    return PackedLinear(struct, memory, bias, integer=False)
+
+
+def _pack_quantized(weight: QuantizedWeight, bias: Tensor | None, arena: Arena, integer: bool) -> PackedLinear:
+    (n, k), scheme = weight.codes.shape, weight.scheme
+    why = refusal(scheme)
+    if why is not None:
+        raise UsageError(f"the CPU kernels cannot hold a weight [{n}, {k}]: {why}")
+    groups = scheme.num_groups(k)
+    if 0 in (n, k) or weight.scale.shape != (n, groups) or weight.codes.dtype != torch.int8:
+        raise UsageError(
+            f"codes [{n}, {k}] of {weight.codes.dtype} with scales {list(weight.scale.shape)} are not a weight of "
+            f"{scheme.bits} bits in groups of {scheme.group(k)}"
+        )
+    if not torch.isfinite(weight.scale).all():
+        raise ModelError(f"a weight [{n}, {k}] has scales that are not finite", hint="quantize the model again")
+    source_group = scheme.group(k) if scheme.group(k) < k else math.ceil(k / PANEL) * PANEL
+    group = next(size for size in GROUPS if source_group % size == 0)
+    codes, scale = weight.codes.contiguous(), weight.scale.contiguous()
+    zeros = None if weight.zero_point is None else weight.zero_point.to(torch.int8).contiguous()
+    struct = LinearStruct(
+        rows=n, cols=k, format=_Q4 if scheme.bits <= 4 else _Q8, group=group, scale_type=_DTYPES[scale.dtype],
+        asymmetric=int(zeros is not None),
+    )  # fmt: skip
+    row_codes = group // 2 if struct.format == _Q4 else group
+    per_group = PANEL * (scale.element_size() + row_codes) + (64 if zeros is not None else 0)
+    memory = _allocate(struct, bias, arena, math.ceil(n / PANEL) * math.ceil(k / group) * per_group)
+    bind("qs_pack_quantized", None, [c_void_p] * 4 + [c_int])(
+        ctypes.byref(struct), codes.data_ptr(), scale.data_ptr(), None if zeros is None else zeros.data_ptr(), source_group
+    )
+    return PackedLinear(struct, memory, bias, integer=integer)
+
+
+def _allocate(struct: LinearStruct, bias: Tensor | None, arena: Arena, count: int) -> Tensor:
+    memory = arena.take(count)
+    struct.panels, struct.bias = memory.data_ptr(), None if bias is None else bias.data_ptr()
+    return memory
+
+
+def _matmul() -> ctypes._NamedFuncPointer:
+    arguments = [c_void_p, c_void_p, c_int64, c_int, c_void_p, c_int64, c_int, c_int]
+    return bind("qs_matmul", None, arguments)
+
+
+def _embed() -> ctypes._NamedFuncPointer:
+    return bind("qs_embed", None, [c_void_p, c_void_p, c_int, c_void_p, c_int64])

@@ -1,0 +1,295 @@
+// Quantized weights times int8 activations: integer dot products within a group, whose order is free, then one fp32
+// multiply-add per group, always in the order of K.
+//
+// The weights are the unsigned operand (0..15), so that AVX2's maddubs never saturates; the offset of 8 comes off as
+// 8 * sum(x). Of a q8 weight the plane of high nibbles goes first; its sums are shifted by 4 bits before the other one.
+#pragma once
+
+namespace quantspec {
+
+// ---- Activations. A block of up to 64 rows holds its codes, then its scales, then its sums; within each, tile by tile:
+// codes as dwords of four k [K / 4][tile], scales and sums [groups][tile].
+
+#if defined(__AVX512BW__)
+constexpr int INT8_TILE = 8;
+#elif defined(QS_AVX2)
+constexpr int INT8_TILE = 5;
+#else
+constexpr int INT8_TILE = 4;
+#endif
+
+inline int64_t int8_row_bytes(const Linear& w) { return int64_t(w.groups()) * (w.group + 8); }
+
+struct Int8Block {
+  int32_t* codes;
+  float* scales;
+  int32_t* sums;
+  Int8Block(const Linear& w, float* block, int count) {
+    codes = reinterpret_cast<int32_t*>(block);
+    scales = block + int64_t(count) * w.groups() * w.group / 4;
+    sums = reinterpret_cast<int32_t*>(scales + int64_t(count) * w.groups());
+  }
+};
+
+// Codes round(x / scale) with scale = max|x| / 127 per row and group; a group that is not finite gets a NaN scale, so
+// that the fault shows in the output.
+inline void quantize_row(const Linear& w, int n, int row, float* x, float* inputs) {
+  const int base = row / BLOCK_ROWS * BLOCK_ROWS, count = n - base < BLOCK_ROWS ? n - base : BLOCK_ROWS;
+  const Int8Block block(w, inputs + int8_row_bytes(w) / 4 * base, count);
+  const int tiles = tile_count(count, INT8_TILE);
+  int tile = 0;
+  while (tile_begin(count, INT8_TILE, tile + 1) <= row - base) tile++;
+  const int begin = tile_begin(count, INT8_TILE, tile), width = tile_begin(count, INT8_TILE, tile + 1) - begin;
+  const int groups = w.groups(), column = row - base - begin;
+  (void)tiles;
+  int32_t* codes = block.codes + int64_t(begin) * groups * w.group / 4 + column;
+  float* scales = block.scales + begin * groups + column;
+  int32_t* sums = block.sums + begin * groups + column;
+  for (int g = 0; g < groups; g++) {
+    alignas(32) float padded[128] = {};
+    const int k = g * w.group, used = w.cols - k < w.group ? w.cols - k : w.group;
+    std::memcpy(padded, x + k, sizeof(float) * used);
+    vf most = set1(0.0f), check = set1(0.0f);
+    for (int j = 0; j < w.group; j += LANES) {
+      const vf value = load(padded + j);
+      most = max(most, abs(value));
+      check = fma(value, set1(0.0f), check);  // stays 0 unless something is infinite or not a number
+    }
+    alignas(32) float peaks[LANES], faults[LANES];
+    store(peaks, most);
+    store(faults, check);
+    float peak = 0, fault = 0;
+    for (int j = 0; j < LANES; j++) {
+      peak = peaks[j] > peak ? peaks[j] : peak;
+      fault += faults[j];
+    }
+    const float scale = peak / 127.0f;
+    const float inverse = scale >= 1e-37f && fault == 0 ? 1.0f / scale : 0.0f;
+    alignas(32) int32_t rounded[LANES];
+    alignas(32) int8_t bytes[128];
+    vi total = set1(0);
+    for (int j = 0; j < w.group; j += LANES) {
+      const vf scaled = inverse == 0 ? set1(0.0f) : mul(load(padded + j), set1(inverse));
+      const vi code = to_int(min(max(scaled, set1(-127.0f)), set1(127.0f)));
+      total = add(total, code);
+      store(rounded, code);
+      for (int lane = 0; lane < LANES; lane++) bytes[j + lane] = int8_t(rounded[lane]);
+    }
+    store(rounded, total);
+    int32_t sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += rounded[lane];
+    for (int j = 0; j < w.group / 4; j++) std::memcpy(codes + (k / 4 + j) * width, bytes + 4 * j, 4);
+    scales[g * width] = fault == 0 ? (inverse == 0 ? 0.0f : scale) : fault;
+    sums[g * width] = sum;
+  }
+}
+
+// ---- Integer dot products. A `Dot` multiplies a vector of weights (4 nibbles in each 32-bit lane, one lane an output
+// row) by four activations: `mul` starts a partial sum, `mac` adds to it up to seven times, `flush` adds it to the
+// 32-bit sums.
+
+#if defined(__AVX512BW__)
+struct Dot {
+  using V = __m512i;
+  static constexpr int rows = 16;
+  static V load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static V low(V v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+  static V high(V v) { return low(_mm512_srli_epi16(v, 4)); }
+  static V broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+  static V zero() { return _mm512_setzero_si512(); }
+  static V shift(V v) { return _mm512_slli_epi32(v, 4); }
+#if defined(__AVX512VNNI__)
+  static V mul(V w, V x) { return _mm512_dpbusd_epi32(zero(), w, x); }
+  static V mac(V sum, V w, V x) { return _mm512_dpbusd_epi32(sum, w, x); }
+  static V flush(V total, V sum) { return _mm512_add_epi32(total, sum); }
+#else
+  static V mul(V w, V x) { return _mm512_maddubs_epi16(w, x); }
+  static V mac(V sum, V w, V x) { return _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, x)); }
+  static V flush(V total, V sum) { return _mm512_add_epi32(total, _mm512_madd_epi16(sum, _mm512_set1_epi16(1))); }
+#endif
+  static void half(V v, int part, vi* out) {
+    *out = part ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v);
+  }
+};
+#elif defined(QS_AVX2)
+struct Dot {
+  using V = __m256i;
+  static constexpr int rows = 8;
+  static V load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const V*>(p)); }
+  static V low(V v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+  static V high(V v) { return low(_mm256_srli_epi16(v, 4)); }
+  static V broadcast(int32_t x) { return _mm256_set1_epi32(x); }
+  static V zero() { return _mm256_setzero_si256(); }
+  static V shift(V v) { return _mm256_slli_epi32(v, 4); }
+  static V mul(V w, V x) { return _mm256_maddubs_epi16(w, x); }
+  static V mac(V sum, V w, V x) {
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+    asm("" : "+x"(sum));  // GCC would reorder the additions into a tree, run out of registers and spill
+    return sum;
+  }
+  static V flush(V total, V sum) { return _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
+  static void half(V v, int, vi* out) { *out = v; }
+};
+#else
+struct Dot {
+  using V = vi;
+  static constexpr int rows = 8;
+  static V load(const uint8_t* p) { return quantspec::load(reinterpret_cast<const int32_t*>(p)); }
+  static V low(V v) { return bit_and(v, set1(0x0f0f0f0f)); }
+  static V high(V v) { return low(shift_right(v, 4)); }
+  static V broadcast(int32_t x) { return set1(x); }
+  static V zero() { return set1(0); }
+  static V shift(V v) { return shift_left(v, 4); }
+  static V mul(V w, V x) { return mac(zero(), w, x); }
+  static V mac(V sum, V w, V x) {
+    for (int j = 0; j < 32; j += 8) {
+      for (int i = 0; i < LANES; i++) sum.at[i] += uint8_t(w.at[i] >> j) * int8_t(x.at[i] >> j);
+    }
+    return sum;
+  }
+  static V flush(V total, V sum) { return add(total, sum); }
+  static void half(V v, int, vi* out) { *out = v; }
+};
+#endif
+
+// Adds one plane of a group, for R vectors of output rows and T tokens. `ahead` advances by `stride` a step: what later
+// steps will read.
+template <int R, int T>
+inline void dot_plane(const uint8_t* codes, int steps, const int32_t* x, Dot::V (&total)[R][T], const char*& ahead, int stride) {
+  using V = Dot::V;
+  constexpr int bytes = Dot::rows * 4;
+  for (int step = 0; step < steps; step += 4) {
+    V sum[R][T];
+    for (int s = 0; s < 4; s++) {
+      prefetch(ahead);
+      if (R * Dot::rows == 32) prefetch(ahead + 64);
+      ahead += stride;
+      for (int half = 0; half < 2; half++) {
+        V weights[R];
+        for (int r = 0; r < R; r++) {
+          const V both = Dot::load(codes + s * 128 + r * bytes);
+          weights[r] = half ? Dot::high(both) : Dot::low(both);
+        }
+        for (int t = 0; t < T; t++) {
+          const V token = Dot::broadcast(x[(2 * s + half) * T + t]);
+          for (int r = 0; r < R; r++) {
+            sum[r][t] = s + half == 0 ? Dot::mul(weights[r], token) : Dot::mac(sum[r][t], weights[r], token);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      for (int t = 0; t < T; t++) total[r][t] = Dot::flush(total[r][t], sum[r][t]);
+    }
+    codes += 4 * 128;
+    x += 8 * T;
+  }
+}
+
+struct Int8Tile {  // what all of one panel's tiles and groups share, from some group on
+  const uint8_t* panel;
+  int groups;
+  const int32_t* codes;
+  const float* scales;
+  const int32_t* sums;
+  const char* ahead;
+  int stride;
+};
+
+template <int R, int T, bool EIGHT, bool ASYMMETRIC>
+void int8_tile(const Linear& w, Int8Tile tile, int row, float* out) {
+  using V = Dot::V;
+  const int64_t group_bytes = w.group_bytes(), offset = w.codes_offset();
+  const int steps = w.group / 8;
+  for (int g = 0; g < tile.groups; g++) {
+    const uint8_t* codes = tile.panel + offset + row * 4;
+    V total[R][T];
+    for (int t = 0; t < T; t++) {
+      for (int r = 0; r < R; r++) total[r][t] = Dot::broadcast(ASYMMETRIC ? 0 : -8 * tile.sums[t]);
+    }
+    dot_plane<R, T>(codes, steps, tile.codes, total, tile.ahead, tile.stride);
+    if (EIGHT) {
+      for (int r = 0; r < R; r++) {
+        for (int t = 0; t < T; t++) total[r][t] = Dot::shift(total[r][t]);
+      }
+      dot_plane<R, T>(codes + steps * 128, steps, tile.codes, total, tile.ahead, tile.stride);
+    }
+    for (int r = 0; r < R; r++) {
+      for (int part = 0; part < Dot::rows / LANES; part++) {
+        const int at = row + r * Dot::rows + part * LANES;
+        const vf scale = load_as(w.scale_type, tile.panel, at);
+        for (int t = 0; t < T; t++) {
+          vi sum;
+          Dot::half(total[r][t], part, &sum);
+          if (ASYMMETRIC) sum = sub(sum, mul(load_u8(tile.panel + w.scale_bytes() + at), set1(tile.sums[t])));
+          float* y = out + t * 32 + at;
+          store(y, fma(to_float(sum), mul(scale, set1(tile.scales[t])), load(y)));
+        }
+      }
+    }
+    tile.panel += group_bytes;
+    tile.codes += w.group / 4 * T;
+    tile.scales += T;
+    tile.sums += T;
+  }
+}
+
+using Int8Kernel = void (*)(const Linear&, Int8Tile, int, float*);
+
+template <int T>
+inline Int8Kernel int8_kernel(const Linear& w) {
+  constexpr int R = T <= 2 || Dot::rows == 16 ? 32 / Dot::rows : 2;
+  if (w.format == Q8) return w.asymmetric ? int8_tile<R, T, true, true> : int8_tile<R, T, true, false>;
+  return w.asymmetric ? int8_tile<R, T, false, true> : int8_tile<R, T, false, false>;
+}
+
+inline Int8Kernel int8_kernel(const Linear& w, int width) {
+  switch (width) {
+    case 1: return int8_kernel<1>(w);
+    case 2: return int8_kernel<2>(w);
+    case 3: return int8_kernel<3>(w);
+    case 4: return int8_kernel<4>(w);
+#if defined(QS_AVX2)
+    case 5: return int8_kernel<5>(w);
+#endif
+#if defined(__AVX512BW__)
+    case 6: return int8_kernel<6>(w);
+    case 7: return int8_kernel<7>(w);
+    case 8: return int8_kernel<8>(w);
+#endif
+  }
+  std::abort();
+}
+
+// Sums [count, 32] of one panel. Groups go in blocks that fit into the first-level cache together with the next block,
+// which is fetched meanwhile.
+inline void panel_int8(const Linear& w, int panel, float* inputs, int count, float* sums) {
+  const Int8Block block(w, inputs, count);
+  const int groups = w.groups(), tiles = tile_count(count, INT8_TILE);
+  const int64_t group_bytes = w.group_bytes();
+  const int together = int(8192 / group_bytes) > 0 ? int(8192 / group_bytes) : 1;
+  const uint8_t* weights = w.panels + panel * w.panel_bytes();
+  std::memset(sums, 0, sizeof(float) * 32 * count);
+  for (int g = 0; g < groups; g += together) {
+    const int now = groups - g < together ? groups - g : together;
+    const uint8_t* start = weights + g * group_bytes;
+    int pass = 0;
+    for (int t = 0; t < tiles; t++) {
+      const int begin = tile_begin(count, INT8_TILE, t), width = tile_begin(count, INT8_TILE, t + 1) - begin;
+      const int span = width <= 2 || Dot::rows == 16 ? 32 : 2 * Dot::rows;
+      for (int row = 0; row < 32; row += span, pass++) {
+        Int8Tile tile{start, now, block.codes + (int64_t(begin) * groups + int64_t(g) * width) * w.group / 4,
+                      block.scales + begin * groups + g * width, block.sums + begin * groups + g * width,
+                      reinterpret_cast<const char*>(start), 0};
+        if (span == 32 && pass == 0) {
+          tile.ahead += 1024, tile.stride = 128;
+        } else if (pass < 2) {
+          tile.ahead += now * group_bytes * (2 + pass) / 2, tile.stride = 64;
+        }
+        int8_kernel(w, width)(w, tile, row, sums + begin * 32);
+      }
+    }
+  }
+}
+
+}  // namespace quantspec
