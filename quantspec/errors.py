@@ -32,6 +32,12 @@ class ResourceError(QuantSpecError):
     exit_code = 4
 
 
+class Unavailable(QuantSpecError):
+    """A part of quantspec that this machine cannot run (a compiler, a device, a library is missing)."""
+
+    exit_code = 2
+
+
 class VerificationError(QuantSpecError):
     """Two texts or tensors that had to be equal are not."""
 

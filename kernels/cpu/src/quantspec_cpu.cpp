@@ -1,0 +1,2 @@
+// The whole native CPU library is this one translation unit: nothing to link, and everything can be inlined.
+#include "pool.h"
