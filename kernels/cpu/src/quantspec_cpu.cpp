@@ -1,2 +1,4 @@
 // The whole native CPU library is this one translation unit: nothing to link, and everything can be inlined.
+#include "bandwidth.h"
+#include "packing.h"
 #include "pool.h"

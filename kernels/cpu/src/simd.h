@@ -10,8 +10,6 @@
 #include <immintrin.h>
 #endif
 
-#define QS_EXPORT __attribute__((visibility("default")))
-
 namespace quantspec {
 
 constexpr int LANES = 8;
