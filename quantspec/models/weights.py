@@ -89,6 +89,8 @@ class Weights:
         suffixes = [suffix for suffix in _PACKED if f"{name}.{suffix}" in self._store]
         quantized = unpack_weight({suffix: self._take(f"{name}.{suffix}") for suffix in suffixes}, quantization.scheme)
         self._check(name, tuple(quantized.codes.shape), shape)
+        if not torch.isfinite(quantized.scale).all():
+            raise ModelError(f"{self.folder}: {name}.weight_scale is not finite", hint="quantize the model again")
         return quantized
 
     def bias(self, layer: Fused) -> Tensor | None:
@@ -124,3 +126,14 @@ class Weights:
 def to_dense(weight: Tensor | QuantizedWeight) -> Tensor:
     """``[N, K]`` in fp32."""
     return weight.float() if isinstance(weight, Tensor) else dequantize(weight)
+
+
+def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Quantized weights of one scheme and input, one below the other."""
+    zero_points = [weight.zero_point for weight in weights if weight.zero_point is not None]
+    return QuantizedWeight(
+        torch.cat([weight.codes for weight in weights]),
+        torch.cat([weight.scale for weight in weights]),
+        torch.cat(zero_points) if zero_points else None,
+        weights[0].scheme,
+    )

@@ -1,0 +1,230 @@
+// A decoder-only model in one call: embedding, layers, taps and head, for ragged rows of several sequences.
+#pragma once
+
+#include "attention.h"
+#include "linear.h"
+#include "ops.h"
+#include "packing.h"
+
+namespace quantspec {
+
+struct Layer {
+  const float *input_norm, *post_norm;  // [hidden]
+  const float *q_norm, *k_norm;         // [head_dim], or null
+  Linear qkv, o, gate_up, down;
+  int32_t window;  // 0: attends everything
+};
+
+struct Model {
+  const Layer* layers;
+  const float* norm;
+  Linear embedding, head;
+  int32_t layer_count, hidden, inner, heads, kv_heads, head_dim;
+  float eps;
+  int32_t int8;
+};
+
+struct Cache {  // of one sequence: [layers, 2 kv_heads, slots, head_dim], all keys of a layer and then all values
+  float* kv;
+  int64_t layer_stride, head_stride;
+};
+
+struct TapTarget {  // the residual stream after a layer goes to out [n, hidden]; -1: embeddings; layer_count: final norm
+  int64_t layer;
+  float* out;
+};
+
+struct Rows {
+  int32_t n, sequences, tap_count;
+  const int32_t* numbers;  // tokens [n], parents [n], starts [sequences + 1], cached [sequences], logit_counts [sequences]
+  const Cache* caches;
+  const TapTarget* taps;
+  const float *cos, *sin;  // [positions, head_dim], the first half of sin negated
+  float* logits;           // of the asked rows, one after the other
+};
+
+// Rows are taken through the whole model in blocks, which bounds memory; earlier blocks are in the cache by then.
+constexpr int FORWARD_ROWS = 128;
+// Work below which waking other threads costs more than it saves: floats moved, and multiply-adds of attention.
+constexpr int64_t SMALL_COPY = 32768, SMALL_ATTENTION = 32768;
+
+class Forward {
+ public:
+  Forward(const Model& model, const Rows& rows, float* floats, int32_t* ints, RowBlock* blocks)
+      : m_(model), r_(rows), shape_{model.heads, model.kv_heads, model.head_dim}, blocks_(blocks) {
+    const int n = rows.n;
+    tokens_ = rows.numbers;
+    table_ = {tokens_ + n, tokens_ + 2 * n, tokens_ + 2 * n + rows.sequences + 1, ints, ints + n, ints + 2 * n};
+    logit_counts_ = table_.cached + rows.sequences;
+    asked_ = ints + 3 * n;
+    for (int s = 0; s < rows.sequences; s++) place_rows(s);
+    const int most = n < FORWARD_ROWS ? n : FORWARD_ROWS;
+    x_ = floats;
+    qkv_ = x_ + int64_t(most) * model.hidden;
+    mixed_ = qkv_ + int64_t(most) * qkv_width();
+    gate_up_ = mixed_ + int64_t(most) * q_width();
+  }
+
+  static int64_t floats(const Model& m, int n) {
+    const int64_t most = n < FORWARD_ROWS ? n : FORWARD_ROWS;
+    return most * (m.hidden + int64_t(2 * m.heads + 2 * m.kv_heads) * m.head_dim + 2 * m.inner);
+  }
+
+  void run() {
+    for (first_ = 0; first_ < r_.n; first_ += FORWARD_ROWS) {
+      count_ = r_.n - first_ < FORWARD_ROWS ? r_.n - first_ : FORWARD_ROWS;
+      divide_rows();
+      run_block();
+    }
+  }
+
+ private:
+  int q_width() const { return m_.heads * m_.head_dim; }
+  int qkv_width() const { return (m_.heads + 2 * m_.kv_heads) * m_.head_dim; }
+
+  // Positions and paths of one sequence's rows, and which of them get logits.
+  void place_rows(int s) {
+    const int start = table_.starts[s], end = table_.starts[s + 1];
+    for (int row = start; row < end; row++) {
+      const int parent = table_.parents[row], before = start + parent;
+      table_.sequence[row] = s;
+      table_.position[row] = parent < 0 ? table_.cached[s] : table_.position[before] + 1;
+      table_.straight[row] = parent == row - start - 1 && (parent < 0 || table_.straight[before]);
+      asked_[row] = row >= end - logit_counts_[s];
+    }
+  }
+
+  // Rows of one sequence that share loaded keys and values, a few at a time.
+  void divide_rows() {
+    const int group = shape_.group(), most = group >= QUERIES ? 1 : QUERIES / group;
+    block_count_ = 0;
+    for (int row = first_; row < first_ + count_;) {
+      const int s = table_.sequence[row], end = table_.starts[s + 1] < first_ + count_ ? table_.starts[s + 1] : first_ + count_;
+      RowBlock block{row, end - row < most ? end - row : most, s, table_.cached[s]};
+      if (table_.straight[row + block.count - 1]) block.shared = table_.position[row] + 1;
+      blocks_[block_count_++] = block;
+      row += block.count;
+    }
+  }
+
+  void run_block() {
+    parallel_for(count_, [&](int i) { embed_rows(m_.embedding, tokens_ + first_ + i, 1, x_ + int64_t(i) * m_.hidden, m_.hidden); });
+    tap(-1);
+    for (int i = 0; i < m_.layer_count; i++) {
+      run_layer(i);
+      tap(i);
+    }
+    for (int t = 0; t < r_.tap_count; t++) {
+      if (r_.taps[t].layer != m_.layer_count) continue;
+      for (int i = 0; i < count_; i++) normed(m_.norm, i, r_.taps[t].out + int64_t(first_ + i) * m_.hidden);
+    }
+    run_head();
+  }
+
+  void tap(int layer) {
+    for (int t = 0; t < r_.tap_count; t++) {
+      if (r_.taps[t].layer != layer) continue;
+      std::memcpy(r_.taps[t].out + int64_t(first_) * m_.hidden, x_, sizeof(float) * count_ * m_.hidden);
+    }
+  }
+
+  void normed(const float* weight, int i, float* out) const {
+    rms_norm(x_ + int64_t(i) * m_.hidden, weight, m_.hidden, m_.eps, out);
+  }
+
+  void run_layer(int index) {
+    const Layer& layer = m_.layers[index];
+    const bool int8 = m_.int8 != 0;
+    const int hidden = m_.hidden, inner = m_.inner, q_size = q_width();
+    matmul(layer.qkv, count_, [&](int i, float* x) { normed(layer.input_norm, i, x); }, qkv_, qkv_width(), false, int8);
+    const bool small = int64_t(count_) * qkv_width() < SMALL_COPY;
+    parallel_for(small ? 1 : count_, [&](int chunk) {
+      for (int i = small ? 0 : chunk; i < (small ? count_ : chunk + 1); i++) place_heads(layer, index, i);
+    });
+    attend_all(layer, index);
+    matmul(layer.o, count_, [&](int i, float* x) { std::memcpy(x, mixed_ + int64_t(i) * q_size, sizeof(float) * q_size); },
+           x_, hidden, true, int8);
+    matmul(layer.gate_up, count_, [&](int i, float* x) { normed(layer.post_norm, i, x); }, gate_up_, 2 * inner, false, int8);
+    matmul(layer.down, count_, [&](int i, float* x) { swiglu(gate_up_ + int64_t(i) * 2 * inner, inner, x); }, x_, hidden, true,
+           int8);
+  }
+
+  // A row's queries are normed, rotated and scaled in place; its keys and values go to their cache slot.
+  void place_heads(const Layer& layer, int index, int i) {
+    const int row = first_ + i, d = m_.head_dim, group = shape_.group();
+    const Cache& cache = r_.caches[table_.sequence[row]];
+    float* head = qkv_ + int64_t(i) * qkv_width();
+    float* slot = cache.kv + index * cache.layer_stride + int64_t(table_.slot(row)) * d;
+    const float *cos = r_.cos + int64_t(table_.position[row]) * d, *sin = r_.sin + int64_t(table_.position[row]) * d;
+    const float scale = 1.0f / std::sqrt(float(d));
+    (void)group;
+    for (int h = 0; h < m_.heads; h++, head += d) {
+      if (layer.q_norm) rms_norm(head, layer.q_norm, d, m_.eps, head);
+      rotate(head, cos, sin, d / 2, scale, head);
+    }
+    for (int h = 0; h < m_.kv_heads; h++, head += d) {
+      if (layer.k_norm) rms_norm(head, layer.k_norm, d, m_.eps, head);
+      rotate(head, cos, sin, d / 2, 1.0f, slot + h * cache.head_stride);
+    }
+    for (int h = 0; h < m_.kv_heads; h++, head += d) {
+      std::memcpy(slot + (m_.kv_heads + h) * cache.head_stride, head, sizeof(float) * d);
+    }
+  }
+
+  void attend_all(const Layer& layer, int index) {
+    int64_t work = 0;
+    for (int i = 0; i < count_; i++) work += int64_t(table_.position[first_ + i] + 1) * q_width();
+    const int tasks = block_count_ * m_.kv_heads;
+    const int64_t wanted = 1 + work / SMALL_ATTENTION;
+    const int chunks = wanted < tasks ? int(wanted) : tasks;
+    parallel_for(chunks, [&](int chunk) {
+      for (int task = int(int64_t(tasks) * chunk / chunks); task < int64_t(tasks) * (chunk + 1) / chunks; task++) {
+        const int h = task / block_count_, offset = h * shape_.group() * m_.head_dim;
+        const RowBlock& block = blocks_[task % block_count_];
+        const Cache& cache = r_.caches[block.sequence];
+        const float* keys = cache.kv + index * cache.layer_stride + h * cache.head_stride;
+        const int64_t i = block.first - first_;
+        attend(shape_, table_, block, layer.window, {keys, keys + m_.kv_heads * cache.head_stride},
+               qkv_ + i * qkv_width() + offset, qkv_width(), mixed_ + i * q_width() + offset, q_width());
+      }
+    });
+  }
+
+  // Logits of the asked rows of this block, which follow those of earlier blocks.
+  void run_head() {
+    int32_t* asked = asked_ + first_;  // flags become a list of rows, in place
+    int count = 0;
+    for (int i = 0; i < count_; i++) {
+      if (asked[i]) asked[count++] = i;
+    }
+    if (count == 0) return;
+    matmul(m_.head, count, [&](int i, float* x) { normed(m_.norm, asked[i], x); }, r_.logits + logits_done_ * m_.head.rows,
+           m_.head.rows, false, m_.int8 != 0);
+    logits_done_ += count;
+  }
+
+  const Model& m_;
+  const Rows& r_;
+  const Shape shape_;
+  const int32_t *tokens_, *logit_counts_;
+  RowTable table_;
+  RowBlock* blocks_;
+  int32_t* asked_;
+  float *x_, *qkv_, *mixed_, *gate_up_;
+  int first_ = 0, count_ = 0, block_count_ = 0;
+  int64_t logits_done_ = 0;
+};
+
+}  // namespace quantspec
+
+extern "C" {
+
+QS_EXPORT void qs_forward(const quantspec::Model* model, const quantspec::Rows* rows) {
+  using namespace quantspec;
+  static thread_local Buffer floats, ints, blocks;
+  Forward(*model, *rows, floats.get<float>(Forward::floats(*model, rows->n)), ints.get<int32_t>(4 * int64_t(rows->n)),
+          blocks.get<RowBlock>(FORWARD_ROWS))
+      .run();
+}
+
+}  // extern "C"

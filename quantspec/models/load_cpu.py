@@ -1,0 +1,94 @@
+"""A checkpoint to a ``CpuDecoder``: each linear layer is packed as it is read, so that no full fp32 copy ever exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantspec.errors import ModelError
+from quantspec.kernels.cpu import packed
+from quantspec.kernels.cpu.forward import PackedLayer
+from quantspec.kernels.cpu.packed import Arena, PackedLinear
+from quantspec.kernels.dispatch import Activations
+from quantspec.models.config import ModelConfig
+from quantspec.models.cpu_decoder import CpuDecoder
+from quantspec.models.weights import Fused, LayerNames, Weights, join, to_dense
+from quantspec.numerics.affine import QuantizedWeight, quantize
+from quantspec.numerics.scheme import Scheme
+
+HEAD_SCHEME = Scheme(bits=8, group_size=128, symmetric=True, dtype="float32")
+"""What a quantized model's LM head and embedding are rounded to where activations are int8."""
+_CHUNK = 4096  # rows of a head that are rounded at a time, in fp32
+
+
+def refusal(config: ModelConfig) -> str | None:
+    """Why this checkpoint cannot be packed, as far as its config.json tells; None if it can."""
+    return packed.refusal(config.quantization.scheme) if config.quantization else None
+
+
+@torch.no_grad()
+def load_cpu_decoder(folder: Path, config: ModelConfig, activations: Activations) -> CpuDecoder:
+    """The packed decoder of a checkpoint. ``activations`` ``"int8"``: quantized weights meet int8 activations, and LM
+    head and embedding of a quantized model are rounded to ``HEAD_SCHEME``. ``"fp32"``: weights exactly as stored.
+
+    Raises ``ModelError``: a tensor is missing, misshapen, left over, or of a kind that cannot be packed.
+    """
+    why = refusal(config)
+    if why is not None:
+        raise ModelError(f"{folder}: the CPU kernels cannot hold this model, it {why}")
+    packer = _Packer(folder, config, integer=activations == "int8")
+    weights, hidden = packer.weights, config.hidden_size
+    embedding = packer.vocabulary(weights.stored("model.embed_tokens.weight", (config.vocab_size, hidden)))
+    layers = [packer.layer(i) for i in range(config.num_layers)]
+    norm = weights.dense("model.norm.weight", (hidden,))
+    head = embedding if config.tied else packer.vocabulary(weights.linear("lm_head", (config.vocab_size, hidden)))
+    weights.refuse_leftovers()
+    return CpuDecoder(
+        config, embedding, layers, norm, head, weight_bytes=weights.bytes, integer=activations == "int8"
+    )  # fmt: skip
+
+
+class _Packer:
+    def __init__(self, folder: Path, config: ModelConfig, *, integer: bool) -> None:
+        self.weights = Weights(folder, config)
+        self._config, self._arena, self._integer = config, Arena(), integer
+
+    def layer(self, i: int) -> PackedLayer:
+        config, weights, names = self._config, self.weights, LayerNames.of(self._config, i)
+        q_norm, k_norm = weights.qk_norm(i) if config.qk_norm else (None, None)
+        return PackedLayer(
+            input_norm=weights.dense(names.input_norm, (config.hidden_size,)),
+            qkv=self._linear(names.qkv),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            o=self._linear(names.o),
+            post_norm=weights.dense(names.post_norm, (config.hidden_size,)),
+            gate_up=self._linear(names.gate_up),
+            down=self._linear(names.down),
+            window=config.windows[i],
+        )
+
+    def _linear(self, fused: Fused) -> PackedLinear:
+        parts = [self.weights.linear(name, (size, fused.in_features)) for name, size in fused.parts]
+        return self._pack(_fuse(parts), self.weights.bias(fused))
+
+    def vocabulary(self, weight: Tensor | QuantizedWeight) -> PackedLinear:
+        """The embedding or the LM head."""
+        if isinstance(weight, Tensor) and self._integer and self._config.quantization is not None:
+            weight = join([quantize(rows, HEAD_SCHEME) for rows in weight.split(_CHUNK)])
+        return self._pack(weight, None)
+
+    def _pack(self, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> PackedLinear:
+        return packed.pack(weight, bias, arena=self._arena, integer=self._integer)
+
+
+def _fuse(parts: list[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight:
+    """Layers of one input, one below the other; where they are stored in different ways, in fp32."""
+    quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
+    if len(quantized) == len(parts):
+        return join(quantized)
+    dense = [part for part in parts if isinstance(part, Tensor)]
+    same = len(dense) == len(parts) and len({part.dtype for part in dense}) == 1
+    return torch.cat(dense if same else [to_dense(part) for part in parts])
