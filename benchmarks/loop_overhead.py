@@ -71,6 +71,8 @@ class KnownModel:
     weight_bytes = 0
     hidden_size = 1
     row_invariant = True
+    backend = "known"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, vocab_size: int, max_positions: int, watch: Stopwatch) -> None:
         self.vocab_size, self.max_positions, self.watch = vocab_size, max_positions, watch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import warnings
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +14,8 @@ import click
 
 from quantspec import __version__
 from quantspec.cli.machine import cores, cpu_flags, processor
-from quantspec.cli.render import table
+from quantspec.cli.render import note, table
+from quantspec.errors import QuantSpecError
 
 REQUIRED = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy")
 OPTIONAL = {
@@ -37,6 +39,7 @@ def doctor(as_json: bool) -> None:
     report = {
         "versions": _versions(),
         "machine": _machine(),
+        "native kernels": _native(),
         "kernel backends": _backends(),
         "optional packages": {name: _state(name, module, remark) for name, (module, remark) in OPTIONAL.items()},
     }
@@ -71,8 +74,27 @@ def _machine() -> dict[str, Any]:
         "processor": processor(),
         "cores": cores(),
         "cpu flags": " ".join(cpu_flags()) or "none known",
-        "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "torch cpu capability": torch.backends.cpu.get_cpu_capability()
+        + (", AMX" if "amx_int8" in cpu_flags() else ""),
         "gpus": ", ".join(gpus) or "none",
+    }
+
+
+def _native() -> dict[str, str]:
+    """How the CPU kernels are made here."""
+    from quantspec.kernels.cpu import build, library
+
+    try:
+        compiler = shlex.join(build.find_compiler())
+    except QuantSpecError as error:
+        compiler = str(error)
+    library.announce(note)
+    reason = library.usable()
+    return {
+        "state": "usable" if reason is None else f"not usable: {reason}",
+        "instruction set": build.cpu_level(),
+        "compiler": compiler,
+        "cache": library.notice() or str(build.default_cache()),
     }
 
 

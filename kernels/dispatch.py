@@ -173,6 +173,9 @@ _TORCH_INT4 = replace(
 BACKENDS = (_CPU_INT8, _CPU_FP32, _TORCH_INT4, _FAST, _EXACT)
 """Fastest first."""
 
+NATIVE = (_CPU_INT8.name, _CPU_FP32.name)
+"""Those that run a whole forward in one call, on threads of their own."""
+
 
 def choose(request: Request, name: str | None = None) -> Backend:
     """The backend of that name, or the fastest that serves the request.

@@ -71,6 +71,8 @@ class TableModel:
 
     row_invariant = True
     hidden_size = 8
+    backend = "table"
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ class Built:
 
 
 def cpu_level(cpuinfo: str | None = None) -> str:
-    """The best of ``LEVELS`` that this processor runs, by the text of /proc/cpuinfo ("portable" where there is none)."""
+    """The best of ``LEVELS`` that this processor runs, by the text of /proc/cpuinfo ("portable" if there is none)."""
     if cpuinfo is None:
         try:
             cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -64,14 +64,21 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantspec" / "kernels"
 
 
-def build(level: str | None = None, *, compiler: str | None = None, cache: Path | None = None) -> Built:
+def build(
+    level: str | None = None,
+    *,
+    compiler: str | None = None,
+    cache: Path | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Built:
     """Compile the library, unless the cache has it, and return where it is.
 
     ``level``: one of ``LEVELS`` (None: ``cpu_level()``). ``compiler``: a command, as in $CXX (None: the first of
-    ``COMPILERS``). Raises ``Unavailable`` with one line: no compiler, or one that fails or takes over ``TIMEOUT_S``.
+    ``COMPILERS``). ``tell`` gets one line before the compiler runs, since that takes seconds. Raises ``Unavailable``
+    with one line: no compiler, or one that fails or takes over ``TIMEOUT_S``.
     """
     level = level or cpu_level()
-    command = _compiler(compiler)
+    command = find_compiler(compiler)
     flags = (*FLAGS, *LEVELS[level])
     name = f"quantspec_cpu-{level}-{_fingerprint(command, flags)[:24]}.so"
     folder, notice = _writable(cache or default_cache())
@@ -79,11 +86,14 @@ def build(level: str | None = None, *, compiler: str | None = None, cache: Path 
     if not _whole(path):
         with _locked(folder):
             if not _whole(path):  # another process may have built it while this one waited
+                if tell:
+                    tell(f"compiling the CPU kernels with {Path(command[0]).name}: once, under 20 seconds")
                 _compile([*command, *flags], path)
     return Built(path, level, notice)
 
 
-def _compiler(wanted: str | None) -> list[str]:
+def find_compiler(wanted: str | None = None) -> list[str]:
+    """The command, split, that will compile. Raises ``Unavailable`` if there is none."""
     for candidate in [wanted] if wanted else COMPILERS:
         program, *arguments = shlex.split(candidate)
         if found := shutil.which(program):

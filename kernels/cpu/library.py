@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from quantspec.errors import Unavailable
 from quantspec.kernels.cpu.build import build
 
-__all__ = ["Unavailable", "bind", "load", "notice", "open_library", "usable"]
+__all__ = ["Unavailable", "announce", "bind", "load", "notice", "open_library", "set_threads", "usable"]
 
 _lock = threading.Lock()
 _outcome: ctypes.CDLL | Unavailable | None = None
 _notice: str | None = None
+_announce: Callable[[str], None] | None = None
 
 
 def load(compiler: str | None = None) -> ctypes.CDLL:
@@ -27,7 +28,7 @@ def load(compiler: str | None = None) -> ctypes.CDLL:
     with _lock:
         if _outcome is None:
             try:
-                built = build(compiler=compiler)
+                built = build(compiler=compiler, tell=_announce)
                 _outcome, _notice = open_library(built.path), built.notice
             except Unavailable as error:
                 _outcome = error
@@ -43,6 +44,17 @@ def usable() -> str | None:
     except Unavailable as error:
         return str(error)
     return None
+
+
+def announce(tell: Callable[[str], None]) -> None:
+    """Have ``tell`` called with one line before the compiler runs, if it must run."""
+    global _announce
+    _announce = tell
+
+
+def set_threads(count: int) -> None:
+    """Let native kernels use that many threads, the caller's own included."""
+    bind("qs_set_threads", None, [ctypes.c_int])(count)
 
 
 def notice() -> str | None:

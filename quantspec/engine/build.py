@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,9 @@ from quantspec.engine.config import EngineConfig
 from quantspec.engine.engine import Engine, is_out_of_memory
 from quantspec.engine.stats import TimedVerifier
 from quantspec.errors import ModelError, ResourceError, UsageError
+from quantspec.kernels.cpu import library
+from quantspec.kernels.dispatch import NATIVE
+from quantspec.models.base import CausalModel
 from quantspec.models.load import load_model
 from quantspec.models.resolve import resolve
 from quantspec.models.tokenizer import Tokenizer
@@ -48,29 +53,24 @@ def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
     or does not fit its target, ``ResourceError`` if the target does not fit into memory. ``notice`` gets one line for
     each thing that is not as asked for.
     """
+    notice = _once(notice)
+    library.announce(notice)
     folder = resolve(DEFAULT_TARGET if config.model == "default" else config.model)
     config = with_parts(config, notice)
     if config.threads:
         torch.set_num_threads(config.threads)
+    model = _target(config, folder, notice)
+    tokenizer, draft = Tokenizer(folder), None
     try:
-        model = load_model(folder, device=config.device, mode=config.mode)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ResourceError(f"{config.model} does not fit into memory", hint="quantize it first") from error
-    for line in getattr(model, "notes", ()):
-        notice(line)
-    if config.mode == "exact" and not model.row_invariant:
-        notice(f"{config.model} cannot run in exact mode: its text equals plain decoding up to rounding")
-    tokenizer = Tokenizer(folder)
-    try:
-        drafter, draft_bytes = _drafter(config, notice)
+        draft = _draft_model(config, notice) if config.draft_model else None
+        drafter, head_bytes = _drafter(config, draft, notice)
         drafter.prepare(TargetParts(model, tokenizer))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         notice(f"out of memory: going on without the drafter of method {config.method}")
-        config, drafter, draft_bytes = replace(config, method="none"), NoDrafter(), 0
+        config, drafter, draft, head_bytes = replace(config, method="none"), NoDrafter(), None, 0
+    models = [each for each in (model, draft) if each is not None]
     return Engine(
         config=config,
         model=model,
@@ -78,9 +78,62 @@ def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
         verifier=TimedVerifier(model, rule=config.rule, prefill_chunk=config.prefill_chunk),
         drafter=drafter,
         eos_ids=frozenset(tokenizer.eos_ids),
-        weight_bytes=model.weight_bytes + draft_bytes,
+        weight_bytes=sum(each.weight_bytes for each in models) + head_bytes,
         tell=notice,
+        torch_threads=_torch_threads(models, config.threads),
     )
+
+
+def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """``tell`` without what was told before: two models on one machine have the same to say."""
+    told: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in told:
+            told.add(line)
+            tell(line)
+
+    return once
+
+
+def _target(config: EngineConfig, folder: Path, notice: Callable[[str], None]) -> CausalModel:
+    load = partial(load_model, folder, device=config.device, mode=config.mode)
+    try:
+        model = load(backend=config.backend, activations=config.activations)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(f"{config.model} does not fit into memory", hint="quantize it first") from error
+    for line in model.notes:
+        notice(line)
+    if config.mode == "exact" and not model.row_invariant:
+        notice(f"{config.model} cannot run in exact mode: its text equals plain decoding up to rounding")
+    return model
+
+
+def _draft_model(config: EngineConfig, notice: Callable[[str], None]) -> CausalModel:
+    """The draft model or intermediate, on the target's kernels where it can."""
+    assert config.draft_model is not None, "named by with_parts"
+    # The text does not depend on a drafter, so its rows need no fixed bits.
+    load = partial(load_model, resolve(config.draft_model), device=config.device, mode="fast")
+    try:
+        model = load(backend=config.backend, activations=config.activations)
+    except UsageError as error:
+        if not (config.backend or config.activations):
+            raise
+        model = load()
+        notice(f"{config.draft_model} runs on {model.backend}: {error}")
+    for line in model.notes:
+        notice(line)
+    return model
+
+
+def _torch_threads(models: Sequence[CausalModel], threads: int | None) -> int | None:
+    """How many threads torch may use in a step; None: as many as it has."""
+    native = [model.backend in NATIVE for model in models]
+    if threads and any(native):
+        library.set_threads(threads)
+    return 1 if all(native) else None
 
 
 def with_parts(config: EngineConfig, notice: Callable[[str], None]) -> EngineConfig:
@@ -112,8 +165,8 @@ def _present(parts: dict[str, str]) -> bool:
         return False
 
 
-def _drafter(config: EngineConfig, notice: Callable[[str], None]) -> tuple[Drafter, int]:
-    """The method's drafter, and the bytes of its weights."""
+def _drafter(config: EngineConfig, draft: CausalModel | None, notice: Callable[[str], None]) -> tuple[Drafter, int]:
+    """The method's drafter, and the bytes of its head."""
     if config.method == "lookup":
         options = LookupOptions(prompt_lookup_max=config.prompt_lookup_max, prompt_lookup_min=config.prompt_lookup_min)
         return PromptLookup(options), 0
@@ -121,22 +174,21 @@ def _drafter(config: EngineConfig, notice: Callable[[str], None]) -> tuple[Draft
         return _eagle(config)
     if config.method in ("draft", "cascade"):
         assert config.draft_model is not None, "named by with_parts"
-        folder = resolve(config.draft_model)
-        # The text does not depend on a drafter, so its rows need no fixed bits.
-        model, tokenizer = load_model(folder, device=config.device, mode="fast"), Tokenizer(folder)
+        assert draft is not None, "loaded by build"
+        tokenizer = Tokenizer(resolve(config.draft_model))
         if config.method == "draft":
-            return draft_model(model, tokenizer, config.max_nodes), model.weight_bytes
+            return draft_model(draft, tokenizer, config.max_nodes), 0
         inner, head_bytes = _eagle(config)
         budget = Budget(config.tree_nodes, config.tree_depth)
         cascade = Cascade(
             inner,
-            Verifier(model, stage="intermediate", prefill_chunk=config.prefill_chunk),
+            Verifier(draft, stage="intermediate", prefill_chunk=config.prefill_chunk),
             CascadeOptions(min_draft=config.min_draft),
             tokenizer=tokenizer,
             inner_budget=lambda session: budget,
             notice=notice,
         )
-        return cascade, model.weight_bytes + head_bytes
+        return cascade, head_bytes
     return NoDrafter(), 0
 
 

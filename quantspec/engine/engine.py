@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,9 +30,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return plain or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """torch on that many threads, and on as many as before afterwards (setting them takes less than a microsecond)."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(slots=True, kw_only=True)
 class Engine:
-    """A target, its drafter, and what a draft may cost. ``config`` has its method resolved; ``tell`` shows one line."""
+    """A target, its drafter, and what a draft may cost. ``config`` has its method resolved; ``tell`` shows one line.
+
+    ``torch_threads`` bounds torch during a step: native kernels have threads of their own, and would fight with
+    torch's for the cores. None: as many as torch has.
+    """
 
     config: EngineConfig
     model: CausalModel
@@ -41,6 +60,7 @@ class Engine:
     eos_ids: frozenset[int]
     weight_bytes: int
     tell: Callable[[str], None]
+    torch_threads: int | None = None
     budget: Budget = field(init=False)
     _told: set[str] = field(init=False, default_factory=set)
 

@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 
 from quantspec.core.step import step
-from quantspec.engine.engine import Engine, is_out_of_memory
+from quantspec.engine.engine import Engine, is_out_of_memory, torch_threads
 from quantspec.engine.request import Request
 from quantspec.types import Chunk, Verdict
 
@@ -22,7 +22,8 @@ from quantspec.types import Chunk, Verdict
 def advance(engine: Engine, running: Sequence[Request]) -> list[Chunk]:
     """One step of every running sequence."""
     started = perf_counter()
-    verdicts = _step(engine, running)
+    with torch_threads(engine.torch_threads):
+        verdicts = _step(engine, running)
     lap = engine.verifier.lap(started)
     return [request.take(verdict, lap) for request, verdict in zip(running, verdicts, strict=True)]
 

@@ -59,7 +59,10 @@ class Request:
         self.stream = Stream.of(self.prompt, sample, seed)
         self.text = OutputText(engine.tokenizer, params, self.stop_ids, self.max_new_tokens)
         self.stats = Stats(
-            method=engine.drafter.name, exactness=engine.verifier.exactness, prompt_tokens=len(self.prompt)
+            method=engine.drafter.name,
+            backend=engine.model.backend,
+            exactness=engine.verifier.exactness,
+            prompt_tokens=len(self.prompt),
         )
         self.drafter: Drafter = engine.drafter
         self.state: Any = None

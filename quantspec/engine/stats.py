@@ -42,12 +42,14 @@ class TimedVerifier(Verifier):
 class Stats:
     """Figures of one sequence. Times are wall seconds of the steps it took part in: in a batch, sequences share them.
 
-    ``target_forwards`` leaves out the prompt's own forward, which gives the first token; all others come from these.
-    ``stages`` counts tokens by the level that proposed them, ``"target"`` for the target's own draws; they sum to
-    ``new_tokens``. ``draft_prefill_seconds`` is the first real ``propose``, in which a drafter reads the prompt.
+    ``backend`` is the target's. ``target_forwards`` leaves out the prompt's own forward, which gives the first token;
+    all others come from these. ``stages`` counts tokens by the level that proposed them, ``"target"`` for the target's
+    own draws; they sum to ``new_tokens``. ``draft_prefill_seconds`` is the first real ``propose``, in which a drafter
+    reads the prompt.
     """
 
     method: str
+    backend: str
     exactness: str
     prompt_tokens: int
     new_tokens: int = 0
@@ -101,6 +103,7 @@ class Stats:
         """For JSON: names, counts, rates, then seconds."""
         return {
             "method": self.method,
+            "backend": self.backend,
             "exactness": self.exactness,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,

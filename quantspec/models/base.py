@@ -48,6 +48,11 @@ class CausalModel(Protocol):
     row_invariant: bool
     """True when a row's bits are the same at any width, chunking and batch (then runs are labelled ``exact``)."""
 
+    backend: str
+    """What computes, as in ``kernels.dispatch.BACKENDS``; "transformers" for a foreign model."""
+    notes: tuple[str, ...]
+    """What is not as one would expect, in words for the user."""
+
     def new_cache(self, max_length: int, max_nodes: int) -> Cache:
         """An empty cache for ``max_length`` committed tokens and ``max_nodes`` rows in flight."""
 

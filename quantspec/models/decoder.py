@@ -13,12 +13,14 @@ from quantspec.kernels import reference
 from quantspec.kernels.invariance import attention_is_invariant, choose_tiling, elementwise_is_invariant
 from quantspec.kernels.reference import Linear, Tiling, rms_norm, rotate, swiglu
 from quantspec.kernels.spans import MAX_TREE, ROWS, Span, is_chain, make_spans
+from quantspec.kernels.torch_int4 import TorchInt4Linear
 from quantspec.models.base import Cache, Output
 from quantspec.models.cache import KVCache
 from quantspec.models.config import ModelConfig
 from quantspec.models.rope import RopeTable
 from quantspec.types import Batch, Tap
 
+Matmul = Linear | TorchInt4Linear
 Attend = Callable[[Tensor, Tensor, Tensor, Span], Tensor]
 
 
@@ -28,12 +30,12 @@ class Layer:
     holds the norm weights of every query and key head (Qwen3)."""
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: Matmul
     qk_norm: Tensor | None
-    o: Linear
+    o: Matmul
     post_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Matmul
+    down: Matmul
 
 
 @dataclass(slots=True)
@@ -55,13 +57,15 @@ class Decoder:
     """
 
     def __init__(
-        self, config: ModelConfig, embedding: Tensor, layers: list[Layer], norm: Tensor, head: Linear, *,
+        self, config: ModelConfig, embedding: Tensor, layers: list[Layer], norm: Tensor, head: Matmul, *,
         weight_bytes: int, exact: bool,
     ) -> None:  # fmt: skip
         self.config, self.layers, self.weight_bytes = config, layers, weight_bytes
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.max_positions = config.max_positions
         self.embedding, self.norm, self._head, self.device = embedding, norm, head, embedding.device
+        self.backend = "reference-exact" if exact else "reference-fast"
+        self.notes: tuple[str, ...] = ()
         self._rope = RopeTable(config.rope, config.head_dim, self.device, embedding.dtype)
         # Queries are scaled as they are rotated; values are rotated by cos 1 and sin 0, so that one operation does all.
         sizes = torch.tensor([config.num_heads, config.num_kv_heads, config.num_kv_heads])
@@ -75,6 +79,7 @@ class Decoder:
         tilings: dict[torch.Size, Tiling] = {}
         linears = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         for linear in [*linears, self._head]:
+            assert isinstance(linear, Linear), "another matmul gives no such promise"
             shape = linear.weight.shape
             if shape not in tilings:
                 tilings[shape] = choose_tiling(linear)
@@ -159,7 +164,7 @@ class Decoder:
             qk = qkv[:, : layer.qk_norm.shape[0]]
             qk.copy_(rms_norm(qk, layer.qk_norm, eps))
         qkv = rotate(qkv, cos, sin)
-        mixed = x.new_zeros(x.shape[0], layer.o.weight.shape[0])
+        mixed = x.new_zeros(x.shape[0], heads * self.config.head_dim)
         for part in parts:
             rows, kv = qkv[part.rows], part.cache.kv[i]
             kv[:, part.cached : part.cached + rows.shape[0]] = rows[:, heads:].transpose(0, 1)

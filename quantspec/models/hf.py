@@ -39,6 +39,7 @@ class HFModel:
     """
 
     row_invariant = False
+    backend = "transformers"
 
     def __init__(self, module: Any) -> None:
         self.module = module.eval()

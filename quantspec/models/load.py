@@ -3,46 +3,86 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantspec.errors import UsageError
 from quantspec.kernels import dispatch
+from quantspec.kernels.cpu import library
+from quantspec.kernels.dispatch import Activations
 from quantspec.kernels.reference import Linear
+from quantspec.kernels.torch_int4 import TorchInt4Linear
 from quantspec.models.atomic import verify_manifest
 from quantspec.models.base import CausalModel
 from quantspec.models.config import ModelConfig, UnsupportedModel, read_config
 from quantspec.models.decoder import Decoder, Layer
 from quantspec.models.resolve import resolve
-from quantspec.models.weights import Fused, LayerNames, Weights, to_dense
+from quantspec.models.weights import Fused, LayerNames, Weights, join, to_dense
+from quantspec.numerics.affine import QuantizedWeight
+
+if TYPE_CHECKING:
+    from quantspec.models.cpu_decoder import CpuDecoder
 
 
-def load_model(name: str | Path, *, device: str = "cpu", mode: str | None = None) -> CausalModel:
-    """Load a folder, a hub id or a name of the default family, in fp32.
+def load_model(
+    name: str | Path,
+    *,
+    device: str = "cpu",
+    mode: str | None = None,
+    backend: str | None = None,
+    activations: Activations | None = None,
+) -> CausalModel:
+    """Load a folder, a hub id or a name of the default family; inputs and outputs are fp32.
 
-    ``mode`` ``"exact"`` makes rows bit-identical at any width; ``"fast"`` does not, and is quicker. Default: exact on a
-    CPU, fast elsewhere. Exact mode is checked at load, for the number of threads set then. Raises ``ModelError`` for a
-    folder that is missing, damaged, unsafe or of an unknown architecture.
+    ``mode`` ``"exact"`` makes rows bit-identical at any width; ``"fast"`` does not ask for it. Default: exact on a CPU,
+    fast elsewhere. ``backend`` is a name of ``dispatch.BACKENDS`` (None: the fastest that serves) and ``activations``
+    what activations are rounded to before they meet quantized weights (None: as the backend does). The model's
+    ``notes`` say why slower kernels run, where they do. Exact mode of the reference is checked at load, for the number
+    of threads set then.
+
+    Raises ``ModelError`` for a folder that is missing, damaged, unsafe or of an unknown architecture, ``UsageError``
+    for a backend that cannot run it.
     """
     if mode not in (None, "exact", "fast"):
         raise UsageError(f"mode must be exact or fast, not {mode!r}")
     kind = _device_kind(device)
-    exact = mode == "exact" or (mode is None and kind == "cpu")
+    exact = mode == "exact" or (mode is None and backend is None and kind == "cpu")
     folder = resolve(name)
     raw = read_config(folder)
     verify_manifest(folder)
     try:
         config = ModelConfig.of(raw, str(folder / "config.json"))
-    except UnsupportedModel:
+    except UnsupportedModel as error:
+        if backend or activations:
+            raise UsageError(f"{error}: it has no backends to choose from", hint="leave the choice out") from error
         from quantspec.models.hf import HFModel
 
         return HFModel.load(folder, device=device)
     scheme = config.quantization.scheme if config.quantization else None
     bits, group_size = (scheme.bits, scheme.group_size) if scheme else (16, -1)
-    backend = dispatch.choose(dispatch.Request(kind, "float32", bits, group_size, row_invariant=exact))
+    request = dispatch.Request(kind, "float32", bits, group_size, row_invariant=exact, activations=activations)
+    chosen = dispatch.choose(request, backend)
     with torch.no_grad():
-        return load_decoder(folder, config, torch.device(device), backend.row_invariant)
+        model = _load(folder, config, torch.device(device), chosen)
+    if chosen.name in dispatch.NATIVE:
+        line = library.notice()
+    else:
+        missing = None if backend else dispatch.passed_over(request, chosen)
+        line = f"slower kernels run: {missing}" if missing else None
+    model.notes = (*model.notes, line) if line else model.notes
+    return model
+
+
+def _load(folder: Path, config: ModelConfig, device: torch.device, backend: dispatch.Backend) -> Decoder | CpuDecoder:
+    if backend.name in dispatch.NATIVE:
+        from quantspec.models.load_cpu import load_cpu_decoder
+
+        return load_cpu_decoder(folder, config, backend.activations)
+    decoder = load_decoder(folder, config, device, backend.row_invariant, int4=backend.name == "torch-int4")
+    decoder.backend = backend.name
+    return decoder
 
 
 def _device_kind(device: str) -> str:
@@ -55,17 +95,22 @@ def _device_kind(device: str) -> str:
     return kind
 
 
-def load_decoder(folder: Path, config: ModelConfig, device: torch.device, exact: bool) -> Decoder:
-    """The native decoder of a checkpoint. Raises ``ModelError``: a tensor is missing, misshapen or left over."""
+def load_decoder(folder: Path, config: ModelConfig, device: torch.device, exact: bool, int4: bool = False) -> Decoder:
+    """The eager decoder of a checkpoint. ``int4``: 4-bit weights stay packed, for torch's operator. Raises
+    ``ModelError``: a tensor is missing, misshapen or left over."""
     weights, hidden = Weights(folder, config), config.hidden_size
 
     def dense(name: str, *shape: int) -> Tensor:
         return weights.dense(name, shape).to(device)
 
-    def linear(fused: Fused) -> Linear:
-        parts = [to_dense(weights.linear(name, (size, fused.in_features))) for name, size in fused.parts]
+    def linear(fused: Fused) -> Linear | TorchInt4Linear:
+        parts = [weights.linear(name, (size, fused.in_features)) for name, size in fused.parts]
         bias = weights.bias(fused)
-        return Linear(torch.cat(parts).to(device), None if bias is None else bias.to(device))
+        packed = [part for part in parts if isinstance(part, QuantizedWeight)]
+        if int4 and len(packed) == len(parts):
+            return TorchInt4Linear(join(packed), bias)
+        dense = torch.cat([to_dense(part) for part in parts])
+        return Linear(dense.to(device), None if bias is None else bias.to(device))
 
     def qk_norm(i: int) -> Tensor:
         q, k = weights.qk_norm(i)
