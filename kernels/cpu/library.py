@@ -11,7 +11,7 @@ from typing import Any
 from quantspec.errors import Unavailable
 from quantspec.kernels.cpu.build import build
 
-__all__ = ["Unavailable", "announce", "bind", "load", "notice", "open_library", "set_threads", "usable"]
+__all__ = ["Unavailable", "announce", "bind", "load", "loaded", "notice", "open_library", "set_threads", "usable"]
 
 _lock = threading.Lock()
 _outcome: ctypes.CDLL | Unavailable | None = None
@@ -55,6 +55,11 @@ def announce(tell: Callable[[str], None]) -> None:
 def set_threads(count: int) -> None:
     """Let native kernels use that many threads, the caller's own included."""
     bind("qs_set_threads", None, [ctypes.c_int])(count)
+
+
+def loaded() -> bool:
+    """Whether ``load`` has succeeded before: for helpers that are not worth a compile of their own."""
+    return isinstance(_outcome, ctypes.CDLL)
 
 
 def notice() -> str | None:
