@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int32, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,3 @@ def bind_forward() -> Any:
 
 def bind_rms_norm() -> Any:
     return bind("qs_rms_norm", None, [c_void_p, c_void_p, c_int, c_int, c_float, c_void_p])
-
-
-def bind_embed() -> Any:
-    return bind("qs_embed", None, [c_void_p, c_void_p, c_int, c_void_p, c_int64])

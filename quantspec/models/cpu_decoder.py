@@ -14,7 +14,6 @@ from quantspec.kernels.cpu.forward import (
     ModelStruct,
     PackedLayer,
     RowsStruct,
-    bind_embed,
     bind_forward,
     bind_rms_norm,
     layer_structs,
@@ -64,7 +63,7 @@ class CpuDecoder:
             config.rms_norm_eps, int(integer),
         )  # fmt: skip
         self._model_address = ctypes.addressof(self._model)
-        self._forward, self._embed, self._rms_norm = bind_forward(), bind_embed(), bind_rms_norm()
+        self._forward, self._rms_norm = bind_forward(), bind_rms_norm()
 
     def new_cache(self, max_length: int, max_nodes: int) -> KVCache:
         """See ``CausalModel``."""
@@ -84,7 +83,7 @@ class CpuDecoder:
 
     def final_norm(self, x: Tensor) -> Tensor:
         """``[n, H]`` to ``[n, H]``: the head's input, and the "norm" tap."""
-        assert x.shape[1:] == (self.hidden_size,) and x.dtype == torch.float32
+        assert (x.shape[1:], x.dtype) == ((self.hidden_size,), torch.float32)
         x, eps = x.contiguous(), self.config.rms_norm_eps
         out = torch.empty(x.shape)
         self._rms_norm(x.data_ptr(), self._norm.data_ptr(), x.shape[0], self.hidden_size, eps, out.data_ptr())
@@ -104,7 +103,7 @@ class CpuDecoder:
         places, longest = self._places(batch, caches)
         cos, sin = self._rotation_of(longest)
         numbers = array("i", batch.tokens)
-        assert min(numbers) >= 0 and max(numbers) < self.vocab_size, "a token outside the vocabulary"
+        assert 0 <= min(numbers) <= max(numbers) < self.vocab_size, "a token outside the vocabulary"
         for more in (batch.parents, batch.seq_starts, batch.cached, batch.num_logits):
             numbers.extend(more)
         targets = array("q")

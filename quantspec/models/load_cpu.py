@@ -1,4 +1,4 @@
-"""A checkpoint to a ``CpuDecoder``: each linear layer is packed as it is read, so that no full fp32 copy ever exists."""
+"""A checkpoint to a ``CpuDecoder``: linear layers are packed as they are read, and no full fp32 copy ever exists."""
 
 from __future__ import annotations
 
