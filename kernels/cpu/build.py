@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantspec.errors import Unavailable
 
 SOURCES = Path(__file__).parent / "src"
 COMPILERS = ("g++", "clang++", "c++")
 TIMEOUT_S = 120.0
+LOCK = "lock"
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread"),
     "-ffp-contract=off",  # a fused multiply-add is written out, or every compiler would round in its own way
@@ -61,7 +63,10 @@ def cpu_level(cpuinfo: str | None = None) -> str:
 
 def default_cache() -> Path:
     """``$XDG_CACHE_HOME/quantspec/kernels``, or the same below ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantspec" / "kernels"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantspec" / "kernels"
+    except RuntimeError:
+        raise Unavailable("no home folder to keep the compiled kernels in", hint="set XDG_CACHE_HOME") from None
 
 
 def build(
@@ -81,7 +86,10 @@ def build(
     command = find_compiler(compiler)
     flags = (*FLAGS, *LEVELS[level])
     name = f"quantspec_cpu-{level}-{_fingerprint(command, flags)[:24]}.so"
-    folder, notice = _writable(cache or default_cache())
+    cache = cache or default_cache()
+    if _whole(cache / name):
+        return Built(cache / name, level)
+    folder, notice = _writable(cache)
     path = folder / name
     if not _whole(path):
         with _locked(folder):
@@ -113,22 +121,20 @@ def _fingerprint(command: Sequence[str], flags: Sequence[str]) -> str:
 def _run(command: Sequence[str]) -> str:
     """Run a compiler and return what it printed. Neither a timeout nor Ctrl-C leaves a part of it running."""
     name = Path(command[0]).name
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
+        process = subprocess.Popen(command, **pipes, text=True, errors="replace", start_new_session=True)
     except OSError as error:
-        raise Unavailable(f"{name} cannot be run: {(error.strerror or str(error)).lower()}") from error
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    except BaseException as error:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise Unavailable(f"{name} took over {TIMEOUT_S:.0f} s") from error
-        raise
+        raise Unavailable(f"{name} cannot be run: {_reason(error)}") from error
+    with process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT_S)
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Unavailable(f"{name} took over {TIMEOUT_S:.0f} s") from error
+            raise
     if process.returncode != 0:
         lines = [line.strip() for line in output.splitlines() if line.strip()]
         said = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "it said nothing")
@@ -148,7 +154,11 @@ def _compile(command: Sequence[str], path: Path) -> None:
                 os.replace(file, place)
             _fsync(path.parent)
     except OSError as error:
-        raise Unavailable(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
+        raise Unavailable(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).lower()
 
 
 def _sidecar(path: Path) -> Path:
@@ -182,18 +192,17 @@ def _writable(cache: Path) -> tuple[Path, str | None]:
     global _private
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):
+        with open(cache / LOCK, "ab"):
             return cache, None
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         _private = _private or tempfile.TemporaryDirectory(prefix="quantspec-kernels-")
-        return Path(_private.name), f"cannot write {cache} ({reason}): the CPU kernels are compiled anew for every run"
+        return Path(_private.name), f"cannot write {cache} ({_reason(error)}): every run compiles the CPU kernels anew"
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One compile at a time in ``folder``; others wait, and then find its result."""
-    with open(folder / "lock", "wb") as file:
+    with open(folder / LOCK, "ab") as file:
         end = time.monotonic() + TIMEOUT_S + 10
         while True:
             try:

@@ -11,6 +11,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -52,14 +53,15 @@ inline void set_float_mode(uint32_t) {}
 template <class Ready>
 bool spin(Ready&& ready) {
     using Clock = std::chrono::steady_clock;
-    const auto end = Clock::now() + std::chrono::microseconds(60);
-    do {
+    for (auto end = Clock::time_point::max();;) {
         for (int i = 0; i < 64; ++i) {
             if (ready()) return true;
             relax();
         }
-    } while (Clock::now() < end);
-    return false;
+        const auto now = Clock::now();
+        if (now > end) return false;
+        end = std::min(end, now + std::chrono::microseconds(60));
+    }
 }
 
 class Pool {
@@ -199,7 +201,7 @@ inline int num_threads() {
 }
 
 // Counts below 1 stand for as many threads as there are cores. May be called at any time, also while jobs run.
-inline void set_num_threads(int count) { wanted.store(count); }
+inline void set_num_threads(int count) { wanted.store(std::min(count, 1024)); }
 
 // The pool of this process, made on demand. It is never deleted: detached workers may outlive the interpreter's last
 // statement, and must not find a destroyed object. So a change of the thread count leaves a few cache lines behind.
