@@ -28,7 +28,7 @@ from quantspec.errors import Unavailable
 SOURCES = Path(__file__).parent / "src"
 COMPILERS = ("g++", "clang++", "c++")
 TIMEOUT_S = 120.0
-LOCK = "lock"
+LOCK, WORK = "lock", ".build-"
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread"),
     "-ffp-contract=off",  # a fused multiply-add is written out, or every compiler would round in its own way
@@ -145,7 +145,7 @@ def _run(command: Sequence[str]) -> str:
 def _compile(command: Sequence[str], path: Path) -> None:
     """Compile into ``path``, whole or not at all: a file is renamed into place once its bytes are on the disk."""
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=WORK) as folder:
             library, digest = Path(folder, "library"), Path(folder, "sha256")
             _run([*command, str(SOURCES / "quantspec_cpu.cpp"), "-o", str(library)])
             digest.write_text(_sha256(library))
@@ -207,6 +207,8 @@ def _locked(folder: Path) -> Iterator[None]:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for stale in folder.glob(f"{WORK}*"):  # of a process that died
+                    shutil.rmtree(stale, ignore_errors=True)
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
