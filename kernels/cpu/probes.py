@@ -1,8 +1,8 @@
-"""What this machine can do at most: its read bandwidth, and its rate of byte multiply-adds.
+"""What this machine can do at most: its read bandwidth, its rate of byte multiply-adds, and that of our inner loop.
 
     python -m quantspec.kernels.cpu.probes
 
-prints one JSON object. The bench holds the kernels against these figures; both are the best of several rounds, since
+prints one JSON object. The bench holds the kernels against these figures; all are the best of several rounds, since
 other processes can only lower them.
 """
 
@@ -25,6 +25,8 @@ PREFETCH = (0, 512, 1024, 2048, 4096)
 """Bytes ahead of the reading; 0 leaves it to the processor."""
 PAGE_BYTES = (4096, 2 * 2**20)
 LEAST_BYTES = 256 * 2**20
+TILE_ROWS = (4, 5, 8, 10, 16, 20)
+"""Numbers of rows whose inputs stay in the first-level cache beside the weights."""
 DEFAULT_L3 = 32 * 2**20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -111,11 +113,31 @@ def peak_macs(threads: int | None = None, *, rounds: int = 5) -> float | None:
     return max(probe(threads or cores(), 20) for _ in range(rounds)) or None
 
 
+def tile_macs(threads: int | None = None, *, group_size: int = 128, rounds: int = 3) -> float:
+    """Multiply-adds per second of ``threads`` cores together (None: all) of the int8 kernel's own inner loop on 4-bit
+    weights, everything it touches in the first-level cache; of the number of rows that suits it best."""
+    import torch
+
+    from quantspec.kernels.cpu.packed import pack
+    from quantspec.numerics.affine import QuantizedWeight
+    from quantspec.numerics.scheme import Scheme
+
+    generator = torch.Generator().manual_seed(0)
+    k = max(512, group_size)
+    codes = torch.randint(-8, 8, (32, k), generator=generator, dtype=torch.int8)
+    scale = torch.full((32, k // group_size), 0.01, dtype=torch.bfloat16)
+    weight = pack(QuantizedWeight(codes, scale, None, Scheme(4, group_size)))
+    probe = bind("qs_tile_rate", c_double, [c_void_p, c_int, c_int, c_int])
+    address = ctypes.addressof(weight.struct)
+    return max(probe(address, n, threads or cores(), 20) for _ in range(rounds) for n in TILE_ROWS)
+
+
 def main() -> None:
     readings, peak = read_bandwidth(), peak_macs()
     report = {
         "read_bandwidth_gbps": readings[0].gbps,
         "raw_peak_gmacs": peak and peak / 1e9,
+        "tile_gmacs": tile_macs() / 1e9,
         "threads": cores(),
         "readings": [asdict(reading) for reading in readings],
     }

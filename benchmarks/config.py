@@ -1,0 +1,65 @@
+"""Options of ``quantspec bench``. No torch here: the command line reads them for its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from quantspec.errors import UsageError
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Rows of a forward: a plain step, and trees of up to 64 nodes."""
+BACKENDS = ("cpu-int8", "cpu-fp32", "torch-fp32", "torch-bf16", "torch-int4")
+
+
+@dataclass(frozen=True)
+class KernelBench:
+    """What ``quantspec bench kernels`` measures."""
+
+    shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (4096, 14336))
+    """Weights to multiply with, as input features x output features: KxN,KxN,..."""
+    widths: tuple[int, ...] = WIDTHS
+    """Rows n of one call; 1 is always among them, as v(n) = t(n) / t(1)."""
+    group_size: int = 128
+    """Weights in a row that share a scale."""
+    backends: tuple[str, ...] = ()
+    """Which to measure, of cpu-int8, cpu-fp32, torch-fp32, torch-bf16, torch-int4. Default: all that run here."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    threads: int | None = None
+    """CPU threads. Default: all cores."""
+    rounds: int = 20
+    """How often everything is measured; the least time counts."""
+    seed: int = 0
+    """Of the weights, and of the order within a round."""
+
+    def __post_init__(self) -> None:
+        for k, n in self.shapes:
+            check_shape(k, n)
+        check_widths(self.widths)
+        unknown = [name for name in self.backends if name not in BACKENDS]
+        if unknown:
+            raise UsageError(f"unknown backend {unknown[0]!r}", hint=f"one of {', '.join(BACKENDS)}")
+        if self.group_size < 32 or self.group_size % 32:
+            raise UsageError(f"the group size must be a multiple of 32, not {self.group_size}")
+        check_counts(self.threads, self.rounds)
+
+
+def check_shape(k: int, n: int) -> None:
+    if k < 1 or n < 1:
+        raise UsageError(f"a shape needs at least one input and one output, not {k}x{n}")
+    if k % 32:
+        raise UsageError(f"K must be a multiple of 32, not {k} (shape {k}x{n})")
+
+
+def check_widths(widths: tuple[int, ...]) -> None:
+    wrong = [n for n in widths if not 1 <= n <= 4096]
+    if wrong or not widths:
+        raise UsageError(f"widths are numbers of rows from 1 to 4096, not {wrong[0] if wrong else 'none'}")
+
+
+def check_counts(threads: int | None, rounds: int) -> None:
+    if threads is not None and not 1 <= threads <= 1024:
+        raise UsageError(f"threads must be from 1 to 1024, not {threads}")
+    if rounds < 1:
+        raise UsageError(f"rounds must be at least 1, not {rounds}")
