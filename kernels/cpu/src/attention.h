@@ -36,7 +36,8 @@ struct Keys {  // of one sequence, layer and key-value head: slots of head_dim v
 
 // Dot products of Q queries [Q, padded] with four keys.
 template <int Q>
-inline void dot_four(const float* queries, int padded, const float* const (&keys)[4], int d, float* scores, int64_t lds) {
+inline void dot_four(const float* queries, int padded, const float* const (&keys)[4], int d, float* scores,
+                     int64_t lds) {
   vf sums[Q][4];
   for (int q = 0; q < Q; q++) {
     for (int k = 0; k < 4; k++) sums[q][k] = set1(0.0f);
@@ -66,7 +67,8 @@ void score(const float* queries, int n, int padded, int d, At&& key, int count, 
 
 // V vectors of Q outputs, from column j on: out += sum of weights[q, i] * value(i), in the order of i.
 template <int Q, int V, class At>
-inline void weigh_columns(const float* weights, int64_t ldw, At&& value, int count, int j, int d, float* out, int padded) {
+inline void weigh_columns(const float* weights, int64_t ldw, At&& value, int count, int j, int d, float* out,
+                          int padded) {
   vf sums[Q][V];
   for (int q = 0; q < Q; q++) {
     for (int v = 0; v < V; v++) sums[q][v] = load(out + q * padded + j + v * LANES);
@@ -103,64 +105,86 @@ void weigh(const float* weights, int64_t ldw, int n, At&& value, int count, int 
 
 // All query heads of one key-value head, for a block of rows. `queries` and `out` point to the first row's first such
 // head, in rows of ldq and ldo values. `window` 0: the whole path.
-inline void attend(const Shape& shape, const RowTable& table, const RowBlock& block, int window, Keys kv,
-                   const float* queries, int64_t ldq, float* out, int64_t ldo) {
-  static thread_local Buffer buffer, slot_buffer;
-  const int d = shape.head_dim, padded = shape.padded(), group = shape.group(), n = block.count * group;
-  const auto begin_of = [&](int row) {
-    const int begin = table.position[row] + 1 - window;
-    return window == 0 || begin < 0 ? 0 : begin;
-  };
-  int low = begin_of(block.first), high = 0;
-  for (int row = block.first; row < block.first + block.count; row++) {
-    low = begin_of(row) < low ? begin_of(row) : low;
-    high = table.position[row] + 1 > high ? table.position[row] + 1 : high;
+class BlockAttention {
+ public:
+  BlockAttention(const Shape& shape, const RowTable& table, const RowBlock& block, int window)
+      : table_(table), block_(block), window_(window), d_(shape.head_dim), padded_(shape.padded()),
+        group_(shape.group()) {
+    low_ = begin_of(0), high_ = end_of(0);
+    for (int i = 1; i < block.count; i++) {
+      low_ = begin_of(i) < low_ ? begin_of(i) : low_;
+      high_ = end_of(i) > high_ ? end_of(i) : high_;
+    }
+    common_ = block.shared > low_ ? block.shared - low_ : 0;
+    lds_ = (high_ - low_ + 3 + LANES) / LANES * LANES;  // room for what `score` writes past the last
   }
-  const int common = block.shared > low ? block.shared - low : 0;  // slots that all rows may attend
-  const int64_t lds = (high - low + 4 + LANES - 1) / LANES * LANES;
-  float* q = buffer.get<float>(n * (2 * padded + lds));
-  float *sums = q + n * padded, *scores = sums + n * padded;
-  std::memset(q, 0, sizeof(float) * 2 * n * padded);
-  for (int i = 0; i < n; i++) std::memcpy(q + i * padded, queries + i / group * ldq + i % group * d, sizeof(float) * d);
 
-  const auto shared_at = [&](const float* base) {
-    return [base, low, d](int i) { return base + int64_t(low + i) * d; };
-  };
-  score(q, n, padded, d, shared_at(kv.keys), common, scores, lds);
+  void run(Keys kv, const float* queries, int64_t ldq, float* out, int64_t ldo) {
+    static thread_local Buffer buffer, slot_buffer;
+    const int n = block_.count * group_;
+    queries_ = buffer.get<float>(n * (2 * padded_ + lds_ + 1));
+    sums_ = queries_ + n * padded_;
+    inverses_ = sums_ + n * padded_;
+    scores_ = inverses_ + n;
+    paths_ = slot_buffer.get<int32_t>(int64_t(block_.count) * (high_ - low_));
+    std::memset(queries_, 0, sizeof(float) * 2 * n * padded_);
+    for (int i = 0; i < n; i++) {
+      std::memcpy(queries_ + i * padded_, queries + i / group_ * ldq + i % group_ * d_, sizeof(float) * d_);
+    }
+    const auto common = [this](const float* slots) {
+      return [slots, low = low_, d = d_](int p) { return slots + int64_t(low + p) * d; };
+    };
+    score(queries_, n, padded_, d_, common(kv.keys), common_, scores_, lds_);
+    for (int i = 0; i < block_.count; i++) finish_scores(i, kv.keys);
+    weigh(scores_, lds_, n, common(kv.values), common_, d_, sums_, padded_);
+    for (int i = 0; i < block_.count; i++) finish_sums(i, kv.values, out + i * ldo);
+  }
 
-  int32_t* slots = slot_buffer.get<int32_t>(int64_t(block.count) * (high - low));
-  for (int i = 0; i < block.count; i++) {  // each row's own slots, its keys, and its weights
-    const int row = block.first + i, begin = begin_of(row), length = table.position[row] + 1 - begin;
-    const int tail = low + common > begin ? low + common : begin, own = table.position[row] + 1 - tail;
-    int32_t* path = slots + i * int64_t(high - low);
-    for (int left = own, ancestor = row; left-- > 0; ancestor = table.parents[ancestor] + table.starts[block.sequence]) {
-      path[left] = table.slot(ancestor);
+ private:
+  // Row i of the block attends positions begin_of(i) .. end_of(i) - 1; those from tail_of(i) on are its own.
+  int begin_of(int i) const { return window_ == 0 || end_of(i) < window_ ? 0 : end_of(i) - window_; }
+  int end_of(int i) const { return table_.position[block_.first + i] + 1; }
+  int tail_of(int i) const { return low_ + common_ > begin_of(i) ? low_ + common_ : begin_of(i); }
+
+  // The row's own slots, by way of its ancestors; their scores; and all of the row's weights.
+  void finish_scores(int i, const float* keys) {
+    const int begin = begin_of(i), tail = tail_of(i), own = end_of(i) - tail, start = table_.starts[block_.sequence];
+    int32_t* path = paths_ + i * int64_t(high_ - low_);
+    for (int left = own, row = block_.first + i; left > 0; row = start + table_.parents[row]) {
+      path[--left] = table_.slot(row);
     }
-    const auto key = [&](int p) { return kv.keys + int64_t(path[p]) * d; };
-    float *row_q = q + i * group * padded, *row_sums = sums + i * group * padded, *row_scores = scores + i * group * lds;
-    score(row_q, group, padded, d, key, own, row_scores + (tail - low), lds);
-    for (int h = 0; h < group; h++) {
-      // The inverse of the sum of weights waits where the query was.
-      row_q[h * padded] = softmax(row_scores + h * lds + (begin - low), length);
-      const int before = begin - low < common ? begin - low : common;
-      std::memset(row_scores + h * lds, 0, sizeof(float) * before);  // attended by other rows of the block only
-    }
-    (void)row_sums;
-  }
-  weigh(scores, lds, n, shared_at(kv.values), common, d, sums, padded);
-  for (int i = 0; i < block.count; i++) {
-    const int row = block.first + i, begin = begin_of(row);
-    const int tail = low + common > begin ? low + common : begin, own = table.position[row] + 1 - tail;
-    const int32_t* path = slots + i * int64_t(high - low);
-    const auto value = [&](int p) { return kv.values + int64_t(path[p]) * d; };
-    weigh(scores + i * group * lds + (tail - low), lds, group, value, own, d, sums + i * group * padded, padded);
-    for (int h = 0; h < group; h++) {
-      const float* from = sums + (i * group + h) * padded;
-      const vf inverse = set1(q[(i * group + h) * padded]);
-      float* to = out + i * ldo + h * d;
-      for (int j = 0; j < d; j += LANES) store_some(to + j, mul(load(from + j), inverse), d - j);
+    const auto key = [=](int p) { return keys + int64_t(path[p]) * d_; };
+    float* scores = scores_ + i * group_ * lds_;
+    score(queries_ + i * group_ * padded_, group_, padded_, d_, key, own, scores + (tail - low_), lds_);
+    const int before = begin - low_ < common_ ? begin - low_ : common_;  // attended by other rows of the block alone
+    for (int h = 0; h < group_; h++, scores += lds_) {
+      inverses_[i * group_ + h] = softmax(scores + (begin - low_), end_of(i) - begin);
+      std::memset(scores, 0, sizeof(float) * before);
     }
   }
-}
+
+  void finish_sums(int i, const float* values, float* out) {
+    const int tail = tail_of(i), own = end_of(i) - tail;
+    const int32_t* path = paths_ + i * int64_t(high_ - low_);
+    const auto value = [=](int p) { return values + int64_t(path[p]) * d_; };
+    const float* weights = scores_ + i * group_ * lds_ + (tail - low_);
+    float* sums = sums_ + i * group_ * padded_;
+    weigh(weights, lds_, group_, value, own, d_, sums, padded_);
+    for (int h = 0; h < group_; h++) {
+      const vf inverse = set1(inverses_[i * group_ + h]);
+      for (int j = 0; j < d_; j += LANES) {
+        store_some(out + h * d_ + j, mul(load(sums + h * padded_ + j), inverse), d_ - j);
+      }
+    }
+  }
+
+  const RowTable& table_;
+  const RowBlock& block_;
+  const int window_, d_, padded_, group_;
+  int low_, high_, common_;  // positions low_ .. low_ + common_ - 1 are the same slots for all rows
+  int64_t lds_;
+  float *queries_, *sums_, *inverses_, *scores_;  // [n, padded] twice, [n], [n, lds]
+  int32_t* paths_;                                // [rows, high - low]: own slots of each row
+};
 
 }  // namespace quantspec

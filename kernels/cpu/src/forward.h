@@ -29,14 +29,14 @@ struct Cache {  // of one sequence: [layers, 2 kv_heads, slots, head_dim], all k
   int64_t layer_stride, head_stride;
 };
 
-struct TapTarget {  // the residual stream after a layer goes to out [n, hidden]; -1: embeddings; layer_count: final norm
+struct TapTarget {  // the stream after a layer goes to out [n, hidden]; -1: embeddings; layer_count: final norm
   int64_t layer;
   float* out;
 };
 
 struct Rows {
   int32_t n, sequences, tap_count;
-  const int32_t* numbers;  // tokens [n], parents [n], starts [sequences + 1], cached [sequences], logit_counts [sequences]
+  const int32_t* numbers;  // of Batch: tokens, parents [n], seq_starts [b + 1], cached, num_logits [b]
   const Cache* caches;
   const TapTarget* taps;
   const float *cos, *sin;  // [positions, head_dim], the first half of sin negated
@@ -58,27 +58,27 @@ class Forward {
     logit_counts_ = table_.cached + rows.sequences;
     asked_ = ints + 3 * n;
     for (int s = 0; s < rows.sequences; s++) place_rows(s);
-    const int most = n < FORWARD_ROWS ? n : FORWARD_ROWS;
+    const int64_t most = least(n, FORWARD_ROWS);
     x_ = floats;
-    qkv_ = x_ + int64_t(most) * model.hidden;
-    mixed_ = qkv_ + int64_t(most) * qkv_width();
-    gate_up_ = mixed_ + int64_t(most) * q_width();
+    qkv_ = x_ + most * model.hidden;
+    mixed_ = qkv_ + most * qkv_width();
+    gate_up_ = mixed_ + most * q_width();
   }
 
   static int64_t floats(const Model& m, int n) {
-    const int64_t most = n < FORWARD_ROWS ? n : FORWARD_ROWS;
-    return most * (m.hidden + int64_t(2 * m.heads + 2 * m.kv_heads) * m.head_dim + 2 * m.inner);
+    return least(n, FORWARD_ROWS) * (m.hidden + int64_t(2 * m.heads + 2 * m.kv_heads) * m.head_dim + 2 * m.inner);
   }
 
   void run() {
     for (first_ = 0; first_ < r_.n; first_ += FORWARD_ROWS) {
-      count_ = r_.n - first_ < FORWARD_ROWS ? r_.n - first_ : FORWARD_ROWS;
+      count_ = int(least(r_.n - first_, FORWARD_ROWS));
       divide_rows();
       run_block();
     }
   }
 
  private:
+  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
   int q_width() const { return m_.heads * m_.head_dim; }
   int qkv_width() const { return (m_.heads + 2 * m_.kv_heads) * m_.head_dim; }
 
@@ -99,8 +99,8 @@ class Forward {
     const int group = shape_.group(), most = group >= QUERIES ? 1 : QUERIES / group;
     block_count_ = 0;
     for (int row = first_; row < first_ + count_;) {
-      const int s = table_.sequence[row], end = table_.starts[s + 1] < first_ + count_ ? table_.starts[s + 1] : first_ + count_;
-      RowBlock block{row, end - row < most ? end - row : most, s, table_.cached[s]};
+      const int s = table_.sequence[row], end = int(least(table_.starts[s + 1], first_ + count_));
+      RowBlock block{row, int(least(end - row, most)), s, table_.cached[s]};
       if (table_.straight[row + block.count - 1]) block.shared = table_.position[row] + 1;
       blocks_[block_count_++] = block;
       row += block.count;
@@ -108,7 +108,9 @@ class Forward {
   }
 
   void run_block() {
-    parallel_for(count_, [&](int i) { embed_rows(m_.embedding, tokens_ + first_ + i, 1, x_ + int64_t(i) * m_.hidden, m_.hidden); });
+    parallel_for(count_, [&](int i) {
+      embed_rows(m_.embedding, tokens_ + first_ + i, 1, x_ + int64_t(i) * m_.hidden, m_.hidden);
+    });
     tap(-1);
     for (int i = 0; i < m_.layer_count; i++) {
       run_layer(i);
@@ -135,29 +137,30 @@ class Forward {
   void run_layer(int index) {
     const Layer& layer = m_.layers[index];
     const bool int8 = m_.int8 != 0;
-    const int hidden = m_.hidden, inner = m_.inner, q_size = q_width();
-    matmul(layer.qkv, count_, [&](int i, float* x) { normed(layer.input_norm, i, x); }, qkv_, qkv_width(), false, int8);
-    const bool small = int64_t(count_) * qkv_width() < SMALL_COPY;
-    parallel_for(small ? 1 : count_, [&](int chunk) {
-      for (int i = small ? 0 : chunk; i < (small ? count_ : chunk + 1); i++) place_heads(layer, index, i);
+    const int n = count_, hidden = m_.hidden, inner = m_.inner, width = q_width();
+    const auto input = [&](int i, float* x) { normed(layer.input_norm, i, x); };
+    matmul(layer.qkv, n, input, qkv_, qkv_width(), false, int8);
+    const int chunks = int64_t(n) * qkv_width() < SMALL_COPY ? 1 : n;
+    parallel_for(chunks, [&](int chunk) {
+      for (int i = n * chunk / chunks; i < n * (chunk + 1) / chunks; i++) place_heads(layer, index, i);
     });
     attend_all(layer, index);
-    matmul(layer.o, count_, [&](int i, float* x) { std::memcpy(x, mixed_ + int64_t(i) * q_size, sizeof(float) * q_size); },
-           x_, hidden, true, int8);
-    matmul(layer.gate_up, count_, [&](int i, float* x) { normed(layer.post_norm, i, x); }, gate_up_, 2 * inner, false, int8);
-    matmul(layer.down, count_, [&](int i, float* x) { swiglu(gate_up_ + int64_t(i) * 2 * inner, inner, x); }, x_, hidden, true,
-           int8);
+    const auto mixed = [&](int i, float* x) { std::memcpy(x, mixed_ + int64_t(i) * width, sizeof(float) * width); };
+    matmul(layer.o, n, mixed, x_, hidden, true, int8);
+    const auto middle = [&](int i, float* x) { normed(layer.post_norm, i, x); };
+    matmul(layer.gate_up, n, middle, gate_up_, 2 * inner, false, int8);
+    const auto gated = [&](int i, float* x) { swiglu(gate_up_ + int64_t(i) * 2 * inner, inner, x); };
+    matmul(layer.down, n, gated, x_, hidden, true, int8);
   }
 
   // A row's queries are normed, rotated and scaled in place; its keys and values go to their cache slot.
   void place_heads(const Layer& layer, int index, int i) {
-    const int row = first_ + i, d = m_.head_dim, group = shape_.group();
+    const int row = first_ + i, d = m_.head_dim;
     const Cache& cache = r_.caches[table_.sequence[row]];
     float* head = qkv_ + int64_t(i) * qkv_width();
     float* slot = cache.kv + index * cache.layer_stride + int64_t(table_.slot(row)) * d;
     const float *cos = r_.cos + int64_t(table_.position[row]) * d, *sin = r_.sin + int64_t(table_.position[row]) * d;
     const float scale = 1.0f / std::sqrt(float(d));
-    (void)group;
     for (int h = 0; h < m_.heads; h++, head += d) {
       if (layer.q_norm) rms_norm(head, layer.q_norm, d, m_.eps, head);
       rotate(head, cos, sin, d / 2, scale, head);
@@ -175,8 +178,7 @@ class Forward {
     int64_t work = 0;
     for (int i = 0; i < count_; i++) work += int64_t(table_.position[first_ + i] + 1) * q_width();
     const int tasks = block_count_ * m_.kv_heads;
-    const int64_t wanted = 1 + work / SMALL_ATTENTION;
-    const int chunks = wanted < tasks ? int(wanted) : tasks;
+    const int chunks = int(least(tasks, 1 + work / SMALL_ATTENTION));
     parallel_for(chunks, [&](int chunk) {
       for (int task = int(int64_t(tasks) * chunk / chunks); task < int64_t(tasks) * (chunk + 1) / chunks; task++) {
         const int h = task / block_count_, offset = h * shape_.group() * m_.head_dim;
@@ -184,8 +186,9 @@ class Forward {
         const Cache& cache = r_.caches[block.sequence];
         const float* keys = cache.kv + index * cache.layer_stride + h * cache.head_stride;
         const int64_t i = block.first - first_;
-        attend(shape_, table_, block, layer.window, {keys, keys + m_.kv_heads * cache.head_stride},
-               qkv_ + i * qkv_width() + offset, qkv_width(), mixed_ + i * q_width() + offset, q_width());
+        BlockAttention(shape_, table_, block, layer.window)
+            .run({keys, keys + m_.kv_heads * cache.head_stride}, qkv_ + i * qkv_width() + offset, qkv_width(),
+                 mixed_ + i * q_width() + offset, q_width());
       }
     });
   }
@@ -198,8 +201,9 @@ class Forward {
       if (asked[i]) asked[count++] = i;
     }
     if (count == 0) return;
-    matmul(m_.head, count, [&](int i, float* x) { normed(m_.norm, asked[i], x); }, r_.logits + logits_done_ * m_.head.rows,
-           m_.head.rows, false, m_.int8 != 0);
+    float* out = r_.logits + logits_done_ * m_.head.rows;
+    const auto last = [&](int i, float* x) { normed(m_.norm, asked[i], x); };
+    matmul(m_.head, count, last, out, m_.head.rows, false, m_.int8 != 0);
     logits_done_ += count;
   }
 
