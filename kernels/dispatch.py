@@ -104,7 +104,6 @@ class Backend:
 
 
 def _native() -> str | None:
-    return "the native decoder is not wired yet"
     from quantspec.kernels.cpu import library
 
     return library.usable()

@@ -67,11 +67,11 @@ def load_model(
     with torch.no_grad():
         model = _load(folder, config, torch.device(device), chosen)
     if chosen.name in dispatch.NATIVE:
-        line = library.notice()
+        note = library.notice()
     else:
         missing = None if backend else dispatch.passed_over(request, chosen)
-        line = f"slower kernels run: {missing}" if missing else None
-    model.notes = (*model.notes, line) if line else model.notes
+        note = f"slower kernels run: {missing}" if missing else None
+    model.notes = (note,) if note else ()
     return model
 
 

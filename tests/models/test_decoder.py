@@ -1,4 +1,4 @@
-"""The native decoder gives transformers' logits, however the rows are fed."""
+"""The eager decoder gives transformers' logits, however the rows are fed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("name", MODELS)
 def test_prefill_decode_tree_commit_truncate(pair: GetPair, name: str, mode: str) -> None:
     reference = pair(name)
-    model = load_model(reference.folder, mode=mode)
+    model = load_model(reference.folder, backend=f"reference-{mode}")
     assert isinstance(model, Decoder)
     assert model.row_invariant == (mode == "exact")
     text = random_tokens(157)  # past the windows, the original context of scaled ropes, and one block of attention
@@ -87,7 +87,7 @@ def test_prefill_decode_tree_commit_truncate(pair: GetPair, name: str, mode: str
 def test_batch_of_several_sequences(pair: GetPair, name: str, mode: str) -> None:
     """A chain, a tree and a single row in one forward, over caches of different lengths; logits of trailing rows."""
     reference = pair(name)
-    model = load_model(reference.folder, mode=mode)
+    model = load_model(reference.folder, backend=f"reference-{mode}")
     texts = [random_tokens(n, seed=n) for n in (40, 3, 17)]
     caches = [model.new_cache(64, 16) for _ in texts]
     for text, cache in zip(texts, caches, strict=True):
@@ -104,7 +104,7 @@ def test_batch_of_several_sequences(pair: GetPair, name: str, mode: str) -> None
 @pytest.mark.parametrize("name", ["llama-tied-mha", "qwen3"])
 def test_taps_and_parts(pair: GetPair, name: str, mode: str) -> None:
     reference = pair(name)
-    model = load_model(reference.folder, mode=mode)
+    model = load_model(reference.folder, backend=f"reference-{mode}")
     assert isinstance(model, Decoder)
     text = random_tokens(21)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_taps_and_parts(pair: GetPair, name: str, mode: str) -> None:
 
 
 def test_rows_without_logits(pair: GetPair, mode: str) -> None:
-    model = load_model(pair("llama").folder, mode=mode)
+    model = load_model(pair("llama").folder, backend=f"reference-{mode}")
     cache = model.new_cache(32, 4)
     assert model.forward(Batch.chain([1, 2, 3], num_logits=0), [cache]).logits.shape == (0, VOCAB)
 
@@ -130,7 +130,7 @@ def test_rows_without_logits(pair: GetPair, mode: str) -> None:
 def test_a_large_tree_is_attended_row_by_row(pair: GetPair) -> None:
     """More nodes than one block of exact attention may hold: the same rows as in small trees."""
     reference = pair("llama")
-    model = load_model(reference.folder, mode="exact")
+    model = load_model(reference.folder, backend="reference-exact")
     text, parents = random_tokens(30), [-1, *((i - 1) // 2 for i in range(1, 90))]
     nodes = random_tokens(90, seed=3)
     cache = model.new_cache(64, 128)

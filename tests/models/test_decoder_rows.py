@@ -1,4 +1,4 @@
-"""Exact mode: a row has the same bits at any width, tree, chunking and batch."""
+"""The reference in exact mode: a row has the same bits at any width, tree, chunking and batch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def model(request: pytest.FixtureRequest, pair: GetPair, tmp_path_factory: pytes
         ).folder
     else:
         folder = pair(request.param).folder
-    decoder = load_model(folder, mode="exact")
+    decoder = load_model(folder, backend="reference-exact")
     assert isinstance(decoder, Decoder)
     assert decoder.row_invariant
     return decoder

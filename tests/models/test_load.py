@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ GetPair = Callable[[str], Pair]
 TEXT = list(range(40))
 
 
-def logits(folder: Path, mode: str = "exact") -> torch.Tensor:
-    model = load_model(folder, mode=mode)
+def logits(folder: Path, **kernels: Any) -> torch.Tensor:
+    model = load_model(folder, **(kernels or {"backend": "reference-exact"}))
     return model.forward(Batch.chain(TEXT), [model.new_cache(64, 4)]).logits
 
 
