@@ -73,13 +73,7 @@ class CpuDecoder:
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """``[n, H]``."""
-        ids = array("i", tokens)
-        assert not ids or (min(ids) >= 0 and max(ids) < self.vocab_size), "a token outside the vocabulary"
-        out = torch.empty(len(ids), self.hidden_size)
-        self._embed(
-            ctypes.byref(self._embedding.struct), ids.buffer_info()[0], len(ids), out.data_ptr(), self.hidden_size
-        )
-        return out
+        return self._embedding.rows(torch.tensor(tokens, dtype=torch.int32))
 
     def final_norm(self, x: Tensor) -> Tensor:
         """``[n, H]`` to ``[n, H]``: the head's input, and the "norm" tap."""
