@@ -133,4 +133,8 @@ QS_EXPORT void qs_rms_norm(const float* x, const float* weight, int n, int size,
   for (int i = 0; i < n; i++) quantspec::rms_norm(x + int64_t(i) * size, weight, size, eps, out + int64_t(i) * size);
 }
 
+// The two below are for tests. One row: [gate, up] to out [size]; scores [size] in place.
+QS_EXPORT void qs_swiglu(const float* gate_up, int size, float* out) { quantspec::swiglu(gate_up, size, out); }
+QS_EXPORT float qs_softmax(float* scores, int size) { return quantspec::softmax(scores, size); }
+
 }  // extern "C"
