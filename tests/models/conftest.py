@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from quantspec.numerics.affine import dequantize, quantize
+from quantspec.numerics.packing import pack_weight
+from quantspec.numerics.scheme import Scheme
 
 VOCAB = 160
 
@@ -77,6 +84,38 @@ def make_pair(folder: Path, architecture: str, **options: Any) -> Pair:
             parameter.add_(0.1 * torch.randn_like(parameter))
     module.save_pretrained(folder)
     return Pair(folder, module)
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def packed_and_dense(source: Path, out: Path, scheme: Scheme) -> dict[str, Path]:
+    """A checkpoint quantized to ``scheme``, and the dense one that it stands for. One layer's MLP stays dense in both,
+    as an ignore list would have it."""
+    packed, dense = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if "_proj.weight" in name and "layers.1.mlp" not in name:
+            quantized = quantize(tensor, scheme)
+            dense[name] = dequantize(quantized)
+            packed |= {name.removesuffix("weight") + suffix: part for suffix, part in pack_weight(quantized).items()}
+        else:
+            dense[name] = packed[name] = tensor
+    folders = {}
+    for name, tensors in (("packed", packed), ("dense", dense)):
+        folders[name] = Path(shutil.copytree(source, out / name))
+        save_file(tensors, folders[name] / "model.safetensors", {"format": "pt"})
+    channel = scheme.group_size == -1
+    weights = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric}
+    weights |= {"strategy": "channel" if channel else "group", "group_size": None if channel else scheme.group_size}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    change_config(folders["packed"], quantization_config=quantization)
+    return folders
 
 
 @pytest.fixture(scope="session")

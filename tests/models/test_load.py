@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -20,12 +19,10 @@ from quantspec.models.atomic import write_manifest
 from quantspec.models.decoder import Decoder
 from quantspec.models.load import load_model
 from quantspec.models.resolve import resolve
-from quantspec.numerics.affine import dequantize, quantize
-from quantspec.numerics.packing import pack_weight
 from quantspec.numerics.scheme import Scheme
 from quantspec.types import Batch
 
-from .conftest import Pair
+from .conftest import Pair, change_config, packed_and_dense
 
 GetPair = Callable[[str], Pair]
 TEXT = list(range(40))
@@ -40,11 +37,6 @@ def logits(folder: Path, **kernels: Any) -> torch.Tensor:
 def folder(pair: GetPair, tmp_path: Path) -> Path:
     """A copy of the Llama checkpoint to damage."""
     return Path(shutil.copytree(pair("llama").folder, tmp_path / "model"))
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -75,34 +67,9 @@ def test_half_precision_folder_is_computed_in_fp32(pair: GetPair, tmp_path: Path
     ids=lambda s: f"w{s.bits}-g{s.group_size}-{'sym' if s.symmetric else 'asym'}",
 )
 def test_packed_folder_is_the_dequantized_one(pair: GetPair, tmp_path: Path, scheme: Scheme) -> None:
-    source = pair("qwen2").folder
-    packed, dense = {}, {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        if (
-            "_proj.weight" in name and "layers.1.mlp" not in name
-        ):  # one layer stays dense, as an ignore list would have it
-            quantized = quantize(tensor, scheme)
-            dense[name] = dequantize(quantized)
-            packed |= {name.removesuffix("weight") + suffix: part for suffix, part in pack_weight(quantized).items()}
-        else:
-            dense[name] = packed[name] = tensor
-    folders = {}
-    for name, tensors in (("packed", packed), ("dense", dense)):
-        folders[name] = Path(shutil.copytree(source, tmp_path / name))
-        save_file(tensors, folders[name] / "model.safetensors", {"format": "pt"})
-    weights = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric}
-    weights |= {"strategy": "group", "group_size": scheme.group_size}
-    if scheme.group_size == -1:
-        weights |= {"strategy": "channel", "group_size": None}
-    group = {"targets": ["Linear"], "weights": weights}
-    quantization = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "config_groups": {"group_0": group},
-    }
-    change_config(folders["packed"], quantization_config=quantization)
+    folders = packed_and_dense(pair("qwen2").folder, tmp_path, scheme)
     assert torch.equal(logits(folders["packed"]), logits(folders["dense"]))
-    stored = sum(tensor.nbytes for tensor in packed.values())
+    stored = sum(tensor.nbytes for tensor in load_file(folders["packed"] / "model.safetensors").values())
     assert load_model(folders["packed"]).weight_bytes == stored < load_model(folders["dense"]).weight_bytes
 
 
