@@ -7,6 +7,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
+
 HELPERS = ("table_model", "tiny_eagle")
 
 
@@ -20,3 +22,11 @@ def _load(name: str) -> None:
 
 for helper in HELPERS:
     _load(helper)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_kernels() -> None:
+    """Compile the native kernels, if need be, before a test counts the lines that it was told."""
+    from quantspec.kernels.cpu import library
+
+    library.usable()

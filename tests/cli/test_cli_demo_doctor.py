@@ -11,6 +11,9 @@ import pytest
 
 from quantspec.calibrate.quantize.config import QuantizeConfig
 from quantspec.cli import demo
+from quantspec.errors import Unavailable
+from quantspec.kernels.cpu import build, library
+from quantspec.kernels.dispatch import BACKENDS
 
 
 @pytest.fixture
@@ -69,7 +72,10 @@ def test_demo_prompts_are_in_gsm8k_form() -> None:
 
 def test_doctor(call) -> None:
     report = json.loads(call("doctor", "--json").out)
-    assert report.keys() == {"versions", "machine", "kernel backends", "optional packages"}
+    assert report.keys() == {"versions", "machine", "native kernels", "kernel backends", "optional packages"}
+    assert report["native kernels"].keys() == {"state", "instruction set", "compiler", "cache"}
+    assert list(report["kernel backends"]) == [backend.name for backend in BACKENDS]
+    assert all(state.startswith(("usable (", "not usable: ")) for state in report["kernel backends"].values())
     assert report["versions"]["torch"].startswith("2.")
     mission = {"bitsandbytes", "optimum", "compressed-tensors", "gptqmodel", "auto-gptq", "marlin-kernels"}
     assert report["optional packages"].keys() >= mission
@@ -79,6 +85,20 @@ def test_doctor(call) -> None:
     assert result.code == 0
     assert "pip install 'quantspec[bnb]'" in result.out or "usable" in result.out
     assert "\x1b" not in result.out
+
+
+def test_doctor_without_a_compiler(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> list[str]:
+        raise Unavailable("no C++ compiler found (g++)")
+
+    monkeypatch.setattr(build, "find_compiler", none)
+    monkeypatch.setattr(library, "usable", lambda: "no C++ compiler found (g++)")
+    report = json.loads(call("doctor", "--json").out)
+    assert report["native kernels"]["state"] == "not usable: no C++ compiler found (g++)"
+    assert report["native kernels"]["compiler"] == "no C++ compiler found (g++)"
+    backends = report["kernel backends"]
+    assert backends["cpu-int8"].startswith("not usable: no C++ compiler found (g++) (")
+    assert backends["reference-exact"].startswith("usable (")
 
 
 def test_doctor_gives_the_reason_of_a_package_that_does_not_import(

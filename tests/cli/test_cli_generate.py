@@ -35,6 +35,19 @@ def test_json_has_the_documented_form(call, tiny: Path) -> None:
     assert len(record["token_ids"]) == 24
 
 
+def test_kernels_by_name(call, tiny: Path) -> None:
+    options = ("--model", tiny, "--method", "none", "--ignore-eos")
+    native = as_json(call, *options)
+    assert (
+        native["stats"]["backend"] == as_json(call, *options, "--activations", "fp32")["stats"]["backend"] == "cpu-fp32"
+    )
+    reference = as_json(call, *options, "--backend", "reference-fast")["stats"]
+    assert (reference["backend"], reference["exactness"]) == ("reference-fast", "exact_to_rounding")
+    result = call("generate", PROMPT, *options, "--activations", "int8")
+    assert (result.code, result.out) == (2, "")
+    assert "no kernel for dense weights in float32 on cpu. hint: cpu-int8 needs quantized weights; " in result.error
+
+
 @pytest.mark.parametrize("sampling", [(), ("--temperature", 1.2, "--top-p", 0.9, "--repetition-penalty", 1.1)])
 def test_all_methods_print_the_same_text(call, tiny: Path, drafter: Path, sampling: tuple[object, ...]) -> None:
     plain = as_json(call, "--model", tiny, "--method", "none", "--seed", 5, *sampling)

@@ -34,6 +34,8 @@ from quantspec.types import SamplingParams
         (["generate", "x", "--logit-bias", "7"], "not a token id and a number"),
         (["generate", "x", "--logprobs", "3"], "only reported as JSON. hint: add --json"),
         (["generate", "x", "--method", "egle"], "unknown method 'egle'. hint: did you mean 'eagle'?"),
+        (["generate", "x", "--backend", "cpu-int"], "unknown backend 'cpu-int'. hint: did you mean 'cpu-int8'?"),
+        (["generate", "x", "--activations", "int4"], "is not one of"),
         (["generate", "x", "--rule", "ratio", "--method", "eagle"], "the ratio rule verifies chains"),
         (["generate", "x", "--speculative-config", '{"methd": "ngram"}'], "hint: did you mean 'method'?"),
         (["generate", "x", "--speculative-config", '{"method": "medusa"}'], "'medusa' is not supported"),
