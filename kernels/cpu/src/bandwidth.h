@@ -7,8 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "linear.h"
 #include "pool.h"
-#include "simd.h"
 
 namespace quantspec {
 
@@ -142,6 +142,26 @@ QS_EXPORT double qs_peak_macs(int threads, int repeats) {
   (void)threads, (void)repeats;
   return 0;
 #endif
+}
+
+// Multiply-adds per second on `threads` cores together, of the int8 kernel's own inner loop for n rows of activations, its
+// weights (one panel, a few kilobytes) and all else in the first-level cache.
+QS_EXPORT double qs_tile_rate(const quantspec::Linear* w, int n, int threads, int repeats) {
+  constexpr int ROUNDS = 100;
+  std::vector<std::vector<float>> inputs(threads, std::vector<float>(quantspec::int8_row_bytes(*w) / 4 * n));
+  std::vector<float> row(w->cols);
+  for (int k = 0; k < w->cols; k++) row[k] = float(k * 37 % 255 - 127);
+  for (std::vector<float>& each : inputs) {
+    for (int i = 0; i < n; i++) quantspec::quantize_row(*w, n, i, row.data(), each.data());
+  }
+  const double seconds = quantspec::least_seconds(threads, repeats, [&](int thread, int) {
+    alignas(64) float sums[quantspec::BLOCK_ROWS * 32];
+    for (int round = 0; round < ROUNDS; round++) {
+      quantspec::panel_int8(*w, 0, inputs[thread].data(), n, sums);
+      asm volatile("" : : "r"(sums) : "memory");
+    }
+  });
+  return double(ROUNDS) * n * 32 * w->cols * threads / seconds;
 }
 
 }  // extern "C"

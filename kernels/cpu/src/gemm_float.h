@@ -15,9 +15,8 @@ inline int64_t float_row_values(const Linear& w) { return w.dense() ? w.cols : i
 
 inline void spread_row(const Linear& w, int n, int row, const float* x, float* inputs) {
   const int base = row / BLOCK_ROWS * BLOCK_ROWS, count = n - base < BLOCK_ROWS ? n - base : BLOCK_ROWS;
-  int tile = 0;
-  while (tile_begin(count, FLOAT_TILE, tile + 1) <= row - base) tile++;
-  const int begin = tile_begin(count, FLOAT_TILE, tile), width = tile_begin(count, FLOAT_TILE, tile + 1) - begin;
+  const Tiles tiles(count, FLOAT_TILE);
+  const int tile = tiles.of(row - base), begin = tiles.begin(tile), width = tiles.size(tile);
   const int64_t values = float_row_values(w);
   float* out = inputs + values * (base + begin) + (row - base - begin);
   for (int k = 0; k < w.cols; k++) out[int64_t(k) * width] = x[k];
@@ -117,6 +116,7 @@ void float_tile(const Linear& w, const uint8_t* weights, int count, const float*
 }
 
 inline void panel_float(const Linear& w, int panel, const float* inputs, int count, float* sums) {
+  const Tiles tiles(count, FLOAT_TILE);
   const int units = w.dense() ? w.cols : w.groups(), width_of_unit = w.dense() ? 1 : w.group;
   const int64_t unit_bytes = w.panel_bytes() / units, values = float_row_values(w);
   const int together = 16384 / unit_bytes > 0 ? int(16384 / unit_bytes) : 1;
@@ -124,8 +124,8 @@ inline void panel_float(const Linear& w, int panel, const float* inputs, int cou
   std::memset(sums, 0, sizeof(float) * 32 * count);
   for (int unit = 0; unit < units; unit += together) {
     const int now = units - unit < together ? units - unit : together;
-    for (int t = 0; t < tile_count(count, FLOAT_TILE); t++) {
-      const int begin = tile_begin(count, FLOAT_TILE, t), width = tile_begin(count, FLOAT_TILE, t + 1) - begin;
+    for (int t = 0; t < tiles.count; t++) {
+      const int begin = tiles.begin(t), width = tiles.size(t);
       const float* x = inputs + values * begin + int64_t(unit) * width_of_unit * width;
       const uint8_t* start = weights + unit * unit_bytes;
       float* out = sums + begin * 32;

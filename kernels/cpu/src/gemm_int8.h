@@ -12,10 +12,8 @@ namespace quantspec {
 
 #if defined(__AVX512BW__)
 constexpr int INT8_TILE = 8;
-#elif defined(QS_AVX2)
-constexpr int INT8_TILE = 5;
 #else
-constexpr int INT8_TILE = 4;
+constexpr int INT8_TILE = 5;
 #endif
 
 inline int64_t int8_row_bytes(const Linear& w) { return int64_t(w.groups()) * (w.group + 8); }
@@ -36,12 +34,9 @@ struct Int8Block {
 inline void quantize_row(const Linear& w, int n, int row, float* x, float* inputs) {
   const int base = row / BLOCK_ROWS * BLOCK_ROWS, count = n - base < BLOCK_ROWS ? n - base : BLOCK_ROWS;
   const Int8Block block(w, inputs + int8_row_bytes(w) / 4 * base, count);
-  const int tiles = tile_count(count, INT8_TILE);
-  int tile = 0;
-  while (tile_begin(count, INT8_TILE, tile + 1) <= row - base) tile++;
-  const int begin = tile_begin(count, INT8_TILE, tile), width = tile_begin(count, INT8_TILE, tile + 1) - begin;
+  const Tiles tiles(count, INT8_TILE);
+  const int tile = tiles.of(row - base), begin = tiles.begin(tile), width = tiles.size(tile);
   const int groups = w.groups(), column = row - base - begin;
-  (void)tiles;
   int32_t* codes = block.codes + int64_t(begin) * groups * w.group / 4 + column;
   float* scales = block.scales + begin * groups + column;
   int32_t* sums = block.sums + begin * groups + column;
@@ -107,9 +102,7 @@ struct Dot {
   static V mac(V sum, V w, V x) { return _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, x)); }
   static V flush(V total, V sum) { return _mm512_add_epi32(total, _mm512_madd_epi16(sum, _mm512_set1_epi16(1))); }
 #endif
-  static void half(V v, int part, vi* out) {
-    *out = part ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v);
-  }
+  static vi half(V v, int part) { return part ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v); }
 };
 #elif defined(QS_AVX2)
 struct Dot {
@@ -128,7 +121,7 @@ struct Dot {
     return sum;
   }
   static V flush(V total, V sum) { return _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
-  static void half(V v, int, vi* out) { *out = v; }
+  static vi half(V v, int) { return v; }
 };
 #else
 struct Dot {
@@ -148,7 +141,7 @@ struct Dot {
     return sum;
   }
   static V flush(V total, V sum) { return add(total, sum); }
-  static void half(V v, int, vi* out) { *out = v; }
+  static vi half(V v, int) { return v; }
 };
 #endif
 
@@ -160,10 +153,12 @@ inline void dot_plane(const uint8_t* codes, int steps, const int32_t* x, Dot::V 
   constexpr int bytes = Dot::rows * 4;
   for (int step = 0; step < steps; step += 4) {
     V sum[R][T];
+#pragma GCC unroll 4
     for (int s = 0; s < 4; s++) {
       prefetch(ahead);
       if (R * Dot::rows == 32) prefetch(ahead + 64);
       ahead += stride;
+#pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
         V weights[R];
         for (int r = 0; r < R; r++) {
@@ -186,61 +181,68 @@ inline void dot_plane(const uint8_t* codes, int steps, const int32_t* x, Dot::V 
   }
 }
 
-struct Int8Tile {  // what all of one panel's tiles and groups share, from some group on
-  const uint8_t* panel;
-  int groups;
-  const int32_t* codes;
+// Vectors of output rows that a tile of T tokens takes together, as many as there are registers for.
+constexpr int vectors(int T) { return T <= 2 || Dot::rows == 16 ? 32 / Dot::rows : 2; }
+
+struct Int8Tile {  // some groups of one panel, output rows from `row` on, against one tile of tokens
+  const uint8_t* panel;  // the first of the groups
+  int row, groups;
+  const int32_t* x;
   const float* scales;
   const int32_t* sums;
   const char* ahead;
   int stride;
 };
 
-template <int R, int T, bool EIGHT, bool ASYMMETRIC>
-void int8_tile(const Linear& w, Int8Tile tile, int row, float* out) {
+template <int T, bool EIGHT, bool ASYMMETRIC>
+void int8_tile(const Linear& w, Int8Tile tile, float* out) {
   using V = Dot::V;
-  const int64_t group_bytes = w.group_bytes(), offset = w.codes_offset();
-  const int steps = w.group / 8;
+  constexpr int R = vectors(T), PARTS = Dot::rows / LANES;
+  // Copies, since the compiler must assume that a store of floats could change the fields behind a reference.
+  const int steps = w.group / 8, scale_type = w.scale_type;
+  const int64_t group_bytes = w.group_bytes(), codes_offset = w.codes_offset() + tile.row * 4;
+  const int64_t zeros_offset = w.scale_bytes() + tile.row;
+  vf y[R * PARTS][T];
+  for (int r = 0; r < R * PARTS; r++) {
+    for (int t = 0; t < T; t++) y[r][t] = load(out + t * 32 + tile.row + r * LANES);
+  }
   for (int g = 0; g < tile.groups; g++) {
-    const uint8_t* codes = tile.panel + offset + row * 4;
     V total[R][T];
     for (int t = 0; t < T; t++) {
-      for (int r = 0; r < R; r++) total[r][t] = Dot::broadcast(ASYMMETRIC ? 0 : -8 * tile.sums[t]);
+      for (int r = 0; r < R; r++) total[r][t] = ASYMMETRIC ? Dot::zero() : Dot::broadcast(-8 * tile.sums[t]);
     }
-    dot_plane<R, T>(codes, steps, tile.codes, total, tile.ahead, tile.stride);
+    const uint8_t* codes = tile.panel + codes_offset;
+    dot_plane<R, T>(codes, steps, tile.x, total, tile.ahead, tile.stride);
     if (EIGHT) {
       for (int r = 0; r < R; r++) {
         for (int t = 0; t < T; t++) total[r][t] = Dot::shift(total[r][t]);
       }
-      dot_plane<R, T>(codes + steps * 128, steps, tile.codes, total, tile.ahead, tile.stride);
+      dot_plane<R, T>(codes + steps * 128, steps, tile.x, total, tile.ahead, tile.stride);
     }
-    for (int r = 0; r < R; r++) {
-      for (int part = 0; part < Dot::rows / LANES; part++) {
-        const int at = row + r * Dot::rows + part * LANES;
-        const vf scale = load_as(w.scale_type, tile.panel, at);
-        for (int t = 0; t < T; t++) {
-          vi sum;
-          Dot::half(total[r][t], part, &sum);
-          if (ASYMMETRIC) sum = sub(sum, mul(load_u8(tile.panel + w.scale_bytes() + at), set1(tile.sums[t])));
-          float* y = out + t * 32 + at;
-          store(y, fma(to_float(sum), mul(scale, set1(tile.scales[t])), load(y)));
-        }
+    for (int r = 0; r < R * PARTS; r++) {
+      const vf scale = load_as(scale_type, tile.panel, tile.row + r * LANES);
+      for (int t = 0; t < T; t++) {
+        vi sum = Dot::half(total[r / PARTS][t], r % PARTS);
+        if (ASYMMETRIC) sum = sub(sum, mul(load_u8(tile.panel + zeros_offset + r * LANES), set1(tile.sums[t])));
+        y[r][t] = fma(to_float(sum), mul(scale, set1(tile.scales[t])), y[r][t]);
       }
     }
     tile.panel += group_bytes;
-    tile.codes += w.group / 4 * T;
+    tile.x += steps * 2 * T;
     tile.scales += T;
     tile.sums += T;
   }
+  for (int r = 0; r < R * PARTS; r++) {
+    for (int t = 0; t < T; t++) store(out + t * 32 + tile.row + r * LANES, y[r][t]);
+  }
 }
 
-using Int8Kernel = void (*)(const Linear&, Int8Tile, int, float*);
+using Int8Kernel = void (*)(const Linear&, Int8Tile, float*);
 
 template <int T>
 inline Int8Kernel int8_kernel(const Linear& w) {
-  constexpr int R = T <= 2 || Dot::rows == 16 ? 32 / Dot::rows : 2;
-  if (w.format == Q8) return w.asymmetric ? int8_tile<R, T, true, true> : int8_tile<R, T, true, false>;
-  return w.asymmetric ? int8_tile<R, T, false, true> : int8_tile<R, T, false, false>;
+  if (w.format == Q8) return w.asymmetric ? int8_tile<T, true, true> : int8_tile<T, true, false>;
+  return w.asymmetric ? int8_tile<T, false, true> : int8_tile<T, false, false>;
 }
 
 inline Int8Kernel int8_kernel(const Linear& w, int width) {
@@ -249,9 +251,7 @@ inline Int8Kernel int8_kernel(const Linear& w, int width) {
     case 2: return int8_kernel<2>(w);
     case 3: return int8_kernel<3>(w);
     case 4: return int8_kernel<4>(w);
-#if defined(QS_AVX2)
     case 5: return int8_kernel<5>(w);
-#endif
 #if defined(__AVX512BW__)
     case 6: return int8_kernel<6>(w);
     case 7: return int8_kernel<7>(w);
@@ -261,32 +261,32 @@ inline Int8Kernel int8_kernel(const Linear& w, int width) {
   std::abort();
 }
 
-// Sums [count, 32] of one panel. Groups go in blocks that fit into the first-level cache together with the next block,
-// which is fetched meanwhile.
+// Sums [count, 32] of one panel. Groups go in blocks that fit into the first-level cache; the next block is fetched
+// meanwhile.
 inline void panel_int8(const Linear& w, int panel, float* inputs, int count, float* sums) {
   const Int8Block block(w, inputs, count);
-  const int groups = w.groups(), tiles = tile_count(count, INT8_TILE);
+  const Tiles tiles(count, INT8_TILE);
+  const int groups = w.groups(), group = w.group;
   const int64_t group_bytes = w.group_bytes();
-  const int together = int(8192 / group_bytes) > 0 ? int(8192 / group_bytes) : 1;
-  const uint8_t* weights = w.panels + panel * w.panel_bytes();
+  const bool once = count <= 2 || (tiles.count == 1 && vectors(count) * Dot::rows == 32);  // each weight is read once
+  const int fitting = int(8192 / group_bytes), together = once ? groups : fitting > 1 ? fitting : 1;
+  const uint8_t* start = w.panels + panel * w.panel_bytes();
   std::memset(sums, 0, sizeof(float) * 32 * count);
-  for (int g = 0; g < groups; g += together) {
+  for (int g = 0; g < groups; g += together, start += together * group_bytes) {
     const int now = groups - g < together ? groups - g : together;
-    const uint8_t* start = weights + g * group_bytes;
-    int pass = 0;
-    for (int t = 0; t < tiles; t++) {
-      const int begin = tile_begin(count, INT8_TILE, t), width = tile_begin(count, INT8_TILE, t + 1) - begin;
-      const int span = width <= 2 || Dot::rows == 16 ? 32 : 2 * Dot::rows;
-      for (int row = 0; row < 32; row += span, pass++) {
-        Int8Tile tile{start, now, block.codes + (int64_t(begin) * groups + int64_t(g) * width) * w.group / 4,
-                      block.scales + begin * groups + g * width, block.sums + begin * groups + g * width,
-                      reinterpret_cast<const char*>(start), 0};
-        if (span == 32 && pass == 0) {
-          tile.ahead += 1024, tile.stride = 128;
-        } else if (pass < 2) {
-          tile.ahead += now * group_bytes * (2 + pass) / 2, tile.stride = 64;
+    for (int t = 0; t < tiles.count; t++) {
+      const int begin = tiles.begin(t), width = tiles.size(t), span = vectors(width) * Dot::rows;
+      const int64_t at = int64_t(begin) * groups + int64_t(g) * width;
+      Int8Tile tile{start, 0, now, block.codes + at * group / 4, block.scales + at, block.sums + at,
+                    reinterpret_cast<const char*>(start), 0};
+      const Int8Kernel kernel = int8_kernel(w, width);
+      for (; tile.row < 32; tile.row += span) {
+        if (once) {
+          tile.ahead += 2048, tile.stride = 128;
+        } else if (t == 0) {
+          tile.ahead = reinterpret_cast<const char*>(start) + now * group_bytes * (tile.row == 0 ? 2 : 3) / 2, tile.stride = 64;
         }
-        int8_kernel(w, width)(w, tile, row, sums + begin * 32);
+        kernel(w, tile, sums + begin * 32);
       }
     }
   }

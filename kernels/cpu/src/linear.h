@@ -70,8 +70,19 @@ class Buffer {
 // Rows are taken in blocks whose sums stay in cache, and blocks in tiles that share each weight in registers.
 constexpr int BLOCK_ROWS = 64;
 
-inline int tile_count(int n, int most) { return (n + most - 1) / most; }
-inline int tile_begin(int n, int most, int tile) { return int(int64_t(n) * tile / tile_count(n, most)); }
+struct Tiles {  // `count` rows in as few tiles of at most `most` as there can be, as even as they can be
+  int count, longer, width;  // the first `longer` tiles have a row more than `width`
+  Tiles(int rows, int most) : count((rows + most - 1) / most) {
+    width = rows / count;
+    longer = rows % count;
+  }
+  int begin(int tile) const { return tile * width + (tile < longer ? tile : longer); }
+  int size(int tile) const { return width + (tile < longer); }
+  int of(int row) const {
+    const int bound = longer * (width + 1);
+    return row < bound ? row / (width + 1) : longer + (row - bound) / width;
+  }
+};
 
 // Panels that a thread claims at once: a few claims a thread, so that one that is held up leaves its rest to the others.
 inline int panel_chunk(int panels) {

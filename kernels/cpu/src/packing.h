@@ -79,8 +79,6 @@ inline void embed_rows(const Linear& w, const int32_t* ids, int n, float* out, i
 
 }  // namespace quantspec
 
-extern "C" {
-
 // codes int8 [N, K], scales [N, source_groups] of w's scale type, zeros int8 [N, source_groups] or null.
 QS_EXPORT void qs_pack_quantized(const quantspec::Linear* w, const int8_t* codes, const uint8_t* scales, const int8_t* zeros, int source_group) {
   const int groups = (w->cols + source_group - 1) / source_group, size = w->scale_type == quantspec::F32 ? 4 : 2;
@@ -123,4 +121,3 @@ QS_EXPORT void qs_embed(const quantspec::Linear* w, const int32_t* ids, int n, f
   quantspec::embed_rows(*w, ids, n, out, ldo);
 }
 
-}  // extern "C"
