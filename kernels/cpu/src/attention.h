@@ -42,14 +42,15 @@ inline void dot_four(const float* queries, int padded, const float* const (&keys
   for (int q = 0; q < Q; q++) {
     for (int k = 0; k < 4; k++) sums[q][k] = set1(0.0f);
   }
-  for (int j = 0; j < d; j += LANES) {
-    vf key[4];
-    for (int k = 0; k < 4; k++) key[k] = load_some(keys[k] + j, d - j);
-    for (int q = 0; q < Q; q++) {
-      const vf query = load(queries + q * padded + j);
-      for (int k = 0; k < 4; k++) sums[q][k] = fma(query, key[k], sums[q][k]);
+  const auto add_products = [&](int j, auto load_key) {
+    for (int k = 0; k < 4; k++) {
+      const vf key = load_key(keys[k] + j);
+      for (int q = 0; q < Q; q++) sums[q][k] = fma(load(queries + q * padded + j), key, sums[q][k]);
     }
-  }
+  };
+  int j = 0;
+  for (; j + LANES <= d; j += LANES) add_products(j, [](const float* key) { return load(key); });
+  if (j < d) add_products(j, [=](const float* key) { return load_part(key, d - j); });
   for (int q = 0; q < Q; q++) sum_lanes(sums[q], scores + q * lds);
 }
 
@@ -96,11 +97,18 @@ inline void weigh_queries(const float* weights, int64_t ldw, At&& value, int cou
   for (; j < d; j += LANES) weigh_columns<Q, 1>(weights, ldw, value, count, j, d, out, padded);
 }
 
+// A few positions at a time, so that their values stay in the first-level cache for all queries.
 template <class At>
 void weigh(const float* weights, int64_t ldw, int n, At&& value, int count, int d, float* out, int padded) {
-  int q = 0;
-  for (; q + 2 <= n; q += 2) weigh_queries<2>(weights + q * ldw, ldw, value, count, d, out + q * padded, padded);
-  if (q < n) weigh_queries<1>(weights + q * ldw, ldw, value, count, d, out + q * padded, padded);
+  constexpr int TOGETHER = 64;
+  for (int first = 0; first < count; first += TOGETHER) {
+    const int now = count - first < TOGETHER ? count - first : TOGETHER;
+    const auto at = [&](int i) { return value(first + i); };
+    const float* from = weights + first;
+    int q = 0;
+    for (; q + 2 <= n; q += 2) weigh_queries<2>(from + q * ldw, ldw, at, now, d, out + q * padded, padded);
+    if (q < n) weigh_queries<1>(from + q * ldw, ldw, at, now, d, out + q * padded, padded);
+  }
 }
 
 // All query heads of one key-value head, for a block of rows. `queries` and `out` point to the first row's first such

@@ -7,17 +7,14 @@
 namespace quantspec {
 
 // Fewer than eight floats, the other lanes zero.
-inline vf load_part(const float* p, int count) {
-  alignas(32) float lanes[LANES] = {};
-  std::memcpy(lanes, p, sizeof(float) * count);
-  return load(lanes);
-}
-
-inline void store_part(float* p, vf a, int count) {
-  alignas(32) float lanes[LANES];
-  store(lanes, a);
-  std::memcpy(p, lanes, sizeof(float) * count);
-}
+#ifdef QS_AVX2
+inline vi first_lanes(int count) { return _mm256_cmpgt_epi32(set1(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+inline vf load_part(const float* p, int count) { return _mm256_maskload_ps(p, first_lanes(count)); }
+inline void store_part(float* p, vf a, int count) { _mm256_maskstore_ps(p, first_lanes(count), a); }
+#else
+inline vf load_part(const float* p, int count) { return each<vf>([&](int i) { return i < count ? p[i] : 0.0f; }); }
+inline void store_part(float* p, vf a, int count) { std::memcpy(p, a.at, sizeof(float) * count); }
+#endif
 
 inline vf load_some(const float* p, int left) { return left >= LANES ? load(p) : load_part(p, left); }
 
