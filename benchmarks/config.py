@@ -23,7 +23,7 @@ class KernelBench:
     group_size: int = 128
     """Weights in a row that share a scale."""
     backends: tuple[str, ...] = ()
-    """Which to measure, of cpu-int8, cpu-fp32, torch-fp32, torch-bf16, torch-int4. Default: all that run here."""
+    """Which to measure, of ``BACKENDS``; empty: all that run here."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
     threads: int | None = None

@@ -8,6 +8,7 @@ kernel's inner loop out of the first-level cache. Backends that do not compute i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_int
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -71,7 +72,7 @@ def best(one: Machine, other: Machine) -> Machine:
 
 def set_threads(threads: int) -> None:
     """Of the native kernels and of torch's."""
-    library.bind("qs_set_threads", None, [library.ctypes.c_int])(threads)
+    library.bind("qs_set_threads", None, [c_int])(threads)
     torch.set_num_threads(threads)
 
 
@@ -146,7 +147,9 @@ def run(config: KernelBench, notice: Notice = lambda line: None, *, nbytes: int 
     threads = config.threads or probes.cores()
     set_threads(threads)
     notice(f"measuring what {threads} threads of this machine can do")
-    machine, measured, left_out = look_at_machine(threads, config.group_size), [], {}
+    machine = look_at_machine(threads, config.group_size)
+    measured: list[Measured] = []
+    left_out: dict[str, str] = {}
     for shape in config.shapes:
         notice(f"measuring {shape[0]}x{shape[1]}")
         measured += measure(Field(shape, config.group_size, config.seed, nbytes), config, left_out)

@@ -21,6 +21,7 @@ from quantspec.cli.signals import terminable
 COMMANDS = {
     "quantize": "Quantize a model's weights to 4 bits.",
     "generate": "Generate text with a drafter, or without one.",
+    "bench": "Measure the kernels, or a whole model, on this machine.",
     "train": "Train the default family, or a part of it.",
     "demo": "Quantize the default target, generate with and without drafters, compare.",
     "doctor": "Say what this machine can run, and why not the rest.",

@@ -1,0 +1,179 @@
+"""``quantspec bench``: what this machine's kernels reach, alone and in a whole model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantspec.benchmarks.config import BACKENDS as KERNEL_BACKENDS
+from quantspec.benchmarks.config import KernelBench
+from quantspec.cli.invocation import Invocation
+from quantspec.cli.machine import cpu_flags, processor
+from quantspec.cli.options import assemble, options_from
+from quantspec.cli.render import note, table
+from quantspec.errors import Unavailable, UsageError
+
+
+class Listed(click.ParamType[Any, Any]):
+    """Values with commas between them, as a tuple."""
+
+    def __init__(self, name: str, item: Callable[[str], Any]) -> None:
+        self.name, self._item = name, item
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self._item(part.strip()) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not {self.name}", param, ctx)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    k, n = text.lower().split("x")
+    return int(k), int(n)
+
+
+SHAPES = Listed("KxN[,KxN]", _shape)
+WIDTHS = Listed("n[,n]", int)
+BACKENDS = Listed("name[,name]", str)
+_DEFAULT_SHAPES = ",".join(f"{k}x{n}" for k, n in KernelBench.shapes)
+_DEFAULT_WIDTHS = ",".join(map(str, KernelBench.widths))
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.group
+def bench() -> None:
+    """Measure the kernels, or a whole model, on this machine."""
+
+
+@bench.command(short_help="The cost curve v(n) of one matrix product.")
+@click.option(
+    "--shapes",
+    type=SHAPES,
+    metavar="KxN,...",
+    default=_DEFAULT_SHAPES,
+    show_default=True,
+    help="Weights, as inputs x outputs.",
+)
+@click.option(
+    "--widths",
+    type=WIDTHS,
+    metavar="n,...",
+    default=_DEFAULT_WIDTHS,
+    show_default=True,
+    help="Rows of one call; 1 is always added.",
+)
+@click.option(
+    "--backends",
+    type=BACKENDS,
+    metavar="NAME,...",
+    default=(),
+    help=f"Of {', '.join(KERNEL_BACKENDS)}. Default: all that run here.",
+)
+@options_from(KernelBench, skip=("shapes", "widths", "backends"))
+@json_option
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the curves (needs matplotlib).")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE.html", help="Write the curves as a page.")
+@click.pass_obj
+def kernels(invocation: Invocation, as_json: bool, plot: Path | None, html: Path | None, **options: Any) -> None:
+    """Time one matrix product for every number of rows and every backend, alternated in one run, beside the bandwidth
+    and the rate of multiply-adds that were measured in the same run."""
+    config = assemble(KernelBench, options)
+    _check_places(plot, html)
+    from quantspec.benchmarks.kernels import run
+
+    report = {**run(config, note), **_circumstances(invocation)}
+    _write_pictures(report, plot, html)
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    for shape in dict.fromkeys((row["K"], row["N"]) for row in report["rows"]):
+        _print_shape(shape, [row for row in report["rows"] if (row["K"], row["N"]) == shape])
+    for line in _closing(report):
+        click.echo(line)
+
+
+def _check_places(plot: Path | None, html: Path | None) -> None:
+    """Say now, not after minutes of measuring, that a picture cannot be written."""
+    for path in (plot, html):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise UsageError(f"cannot write {path}", hint="name a file in a folder that exists")
+    if plot is not None:
+        from quantspec.benchmarks.plot import why_not
+
+        reason = why_not()
+        if reason is not None:
+            raise Unavailable(reason, hint="pip install 'quantspec[plots]', or use --html, which needs nothing")
+
+
+def _write_pictures(report: Mapping[str, Any], plot: Path | None, html: Path | None) -> None:
+    from quantspec.benchmarks import page
+    from quantspec.benchmarks.plot import png
+    from quantspec.models.atomic import write_bytes
+
+    if plot is not None:
+        write_bytes(plot, png(report))
+    if html is not None:
+        write_bytes(html, page.html(report).encode())
+
+
+def _circumstances(invocation: Invocation) -> dict[str, Any]:
+    return {
+        "processor": processor(),
+        "cpu_flags": cpu_flags(),
+        "command": invocation.command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _print_shape(shape: tuple[int, int], rows: Sequence[Mapping[str, Any]]) -> None:
+    names = list(dict.fromkeys(row["backend"] for row in rows))
+    columns = ["n"]
+    for name in names:
+        columns += [f"{name} ms", "v", *(("of bound", "GB/s") if name == "cpu-int8" else ())]
+    cells = []
+    for n in sorted({row["n"] for row in rows}):
+        line = [str(n)]
+        for name in names:
+            row = next(row for row in rows if (row["backend"], row["n"]) == (name, n))
+            line += [_ms(row["ms"]), f"{row['v']:.2f}"]
+            if name == "cpu-int8":
+                line += [f"{row['over_bound']:.2f}x", f"{row['gbps']:.1f}"]
+        cells.append(line)
+    table(f"{shape[0]} inputs x {shape[1]} outputs", columns, cells)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _closing(report: Mapping[str, Any]) -> Iterator[str]:
+    fastest = report["read_bandwidths"][0]
+    peak = f" ({report['tile_gmacs'] / report['raw_peak_gmacs']:.0%} of the bare instruction's)"
+    yield (
+        f"{report['processor']}, {report['threads']} threads: reads {report['read_bandwidth_gbps']:.1f} GB/s "
+        f"({fastest['threads']} threads, {fastest['page_bytes'] // 1024} kB pages, {fastest['prefetch']} bytes ahead), "
+        f"inner loop {report['tile_gmacs']:.0f} GMAC/s{peak if report['raw_peak_gmacs'] else ''}."
+    )
+    for name, reason in report["left_out"].items():
+        yield f"Left out: {name}, {reason}."
+    alone = {(row["K"], row["N"], row["backend"]): row for row in report["rows"] if row["n"] == 1}
+    for (k, n, name), row in alone.items():
+        dense = alone.get((k, n, "torch-fp32"))
+        if name == "cpu-int8" and dense:
+            yield (
+                f"{k}x{n}, one row: cpu-int8 at {row['bandwidth_fraction']:.0%} of the read bandwidth, "
+                f"{dense['ms'] / row['ms']:.1f} times as fast as dense fp32."
+            )
+    yield (
+        f"ms: least of {report['rounds']} rounds. v(n) = t(n) / t(1). of bound: t(n) over the longer of reading the "
+        "weights and of doing the multiply-adds."
+    )
