@@ -149,7 +149,7 @@ QS_EXPORT double qs_peak_macs(int threads, int repeats) {
 QS_EXPORT double qs_tile_rate(const quantspec::Linear* w, int n, int threads, int repeats) {
   constexpr int ROUNDS = 100;
   std::vector<std::vector<float>> inputs(threads, std::vector<float>(quantspec::int8_row_bytes(*w) / 4 * n));
-  std::vector<float> row(w->cols);
+  std::vector<float> row(w->cols + 128);
   for (int k = 0; k < w->cols; k++) row[k] = float(k * 37 % 255 - 127);
   for (std::vector<float>& each : inputs) {
     for (int i = 0; i < n; i++) quantspec::quantize_row(*w, n, i, row.data(), each.data());

@@ -5,7 +5,7 @@
 namespace quantspec {
 
 #if defined(QS_AVX2)
-constexpr int FLOAT_TILE = 4;
+constexpr int FLOAT_TILE = 6;
 #else
 constexpr int FLOAT_TILE = 2;
 #endif
@@ -135,6 +135,8 @@ inline void panel_float(const Linear& w, int panel, const float* inputs, int cou
 #if defined(QS_AVX2)
         case 3: float_tile<3>(w, start, now, x, out); break;
         case 4: float_tile<4>(w, start, now, x, out); break;
+        case 5: float_tile<5>(w, start, now, x, out); break;
+        case 6: float_tile<6>(w, start, now, x, out); break;
 #endif
       }
     }

@@ -29,53 +29,55 @@ struct Int8Block {
   }
 };
 
-// Codes round(x / scale) with scale = max|x| / 127 per row and group; a group that is not finite gets a NaN scale, so
-// that the fault shows in the output.
+inline float lane_max(vf a) {
+  alignas(32) float lanes[LANES];
+  store(lanes, a);
+  float most = lanes[0];
+  for (int i = 1; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
+
+template <class T, class V>
+inline T lane_sum(V a) {
+  alignas(32) T lanes[LANES];
+  store(lanes, a);
+  T sum = 0;
+  for (int i = 0; i < LANES; i++) sum += lanes[i];
+  return sum;
+}
+
+// Codes round(x / scale) with scale = max|x| / 127 per row and group; a group that is not finite gets a scale that is not
+// a number, so that the fault shows in the output. `x` has room for whole groups.
 inline void quantize_row(const Linear& w, int n, int row, float* x, float* inputs) {
   const int base = row / BLOCK_ROWS * BLOCK_ROWS, count = n - base < BLOCK_ROWS ? n - base : BLOCK_ROWS;
   const Int8Block block(w, inputs + int8_row_bytes(w) / 4 * base, count);
   const Tiles tiles(count, INT8_TILE);
   const int tile = tiles.of(row - base), begin = tiles.begin(tile), width = tiles.size(tile);
-  const int groups = w.groups(), column = row - base - begin;
-  int32_t* codes = block.codes + int64_t(begin) * groups * w.group / 4 + column;
+  const int groups = w.groups(), group = w.group, column = row - base - begin;
+  int32_t* codes = block.codes + int64_t(begin) * groups * group / 4 + column;
   float* scales = block.scales + begin * groups + column;
   int32_t* sums = block.sums + begin * groups + column;
-  for (int g = 0; g < groups; g++) {
-    alignas(32) float padded[128] = {};
-    const int k = g * w.group, used = w.cols - k < w.group ? w.cols - k : w.group;
-    std::memcpy(padded, x + k, sizeof(float) * used);
-    vf most = set1(0.0f), check = set1(0.0f);
-    for (int j = 0; j < w.group; j += LANES) {
-      const vf value = load(padded + j);
+  std::memset(x + w.cols, 0, sizeof(float) * (groups * group - w.cols));
+  for (int g = 0; g < groups; g++, x += group) {
+    vf most = set1(0.0f), fault = set1(0.0f);
+    for (int k = 0; k < group; k += LANES) {
+      const vf value = load(x + k);
       most = max(most, abs(value));
-      check = fma(value, set1(0.0f), check);  // stays 0 unless something is infinite or not a number
+      fault = fma(value, set1(0.0f), fault);  // stays 0 unless something is infinite or not a number
     }
-    alignas(32) float peaks[LANES], faults[LANES];
-    store(peaks, most);
-    store(faults, check);
-    float peak = 0, fault = 0;
-    for (int j = 0; j < LANES; j++) {
-      peak = peaks[j] > peak ? peaks[j] : peak;
-      fault += faults[j];
-    }
-    const float scale = peak / 127.0f;
-    const float inverse = scale >= 1e-37f && fault == 0 ? 1.0f / scale : 0.0f;
-    alignas(32) int32_t rounded[LANES];
-    alignas(32) int8_t bytes[128];
+    const float peak = lane_max(most), scale = peak / 127.0f;
+    const bool finite = lane_sum<float>(fault) == 0;
+    // Of a group whose scale would be a subnormal number nothing is left.
+    const float inverse = finite && scale >= 1.2e-38f ? 1.0f / scale : 0.0f;
     vi total = set1(0);
-    for (int j = 0; j < w.group; j += LANES) {
-      const vf scaled = inverse == 0 ? set1(0.0f) : mul(load(padded + j), set1(inverse));
-      const vi code = to_int(min(max(scaled, set1(-127.0f)), set1(127.0f)));
+    for (int k = 0; k < group; k += LANES) {
+      const vi code = inverse == 0 ? set1(0) : to_int(mul(load(x + k), set1(inverse)));
       total = add(total, code);
-      store(rounded, code);
-      for (int lane = 0; lane < LANES; lane++) bytes[j + lane] = int8_t(rounded[lane]);
+      store_bytes(code, codes, codes + width);
+      codes += 2 * width;
     }
-    store(rounded, total);
-    int32_t sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += rounded[lane];
-    for (int j = 0; j < w.group / 4; j++) std::memcpy(codes + (k / 4 + j) * width, bytes + 4 * j, 4);
-    scales[g * width] = fault == 0 ? (inverse == 0 ? 0.0f : scale) : fault;
-    sums[g * width] = sum;
+    scales[g * width] = finite ? (inverse == 0 ? 0.0f : scale) : NAN;
+    sums[g * width] = lane_sum<int32_t>(total);
   }
 }
 

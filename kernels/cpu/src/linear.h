@@ -128,7 +128,7 @@ void matmul(const Linear& w, int n, Source&& source, float* y, int64_t ldy, bool
   float* inputs = buffer.get<float>(row_values * n);
   parallel_for(n, [&](int i) {
     static thread_local Buffer row_buffer;
-    float* row = row_buffer.get<float>(w.cols);
+    float* row = row_buffer.get<float>(w.cols + 128);
     source(i, row);
     if (integers) {
       quantize_row(w, n, i, row, inputs);

@@ -46,6 +46,11 @@ inline vi shift_right(vi a, int bits) { return _mm256_srli_epi32(a, bits); }
 inline vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 inline vi to_int(vf a) { return _mm256_cvtps_epi32(a); }  // to the nearest, ties to even
 inline vf as_float(vi a) { return _mm256_castsi256_ps(a); }
+inline void store_bytes(vi a, int32_t* first, int32_t* second) {  // lanes 0-3 and 4-7, as a byte each
+  const __m256i words = _mm256_packs_epi32(a, a), bytes = _mm256_packs_epi16(words, words);
+  *first = _mm256_extract_epi32(bytes, 0);
+  *second = _mm256_extract_epi32(bytes, 4);
+}
 inline vi load_u8(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
@@ -97,6 +102,12 @@ inline vf as_float(vi a) {
   vf result;
   std::memcpy(&result, &a, sizeof a);
   return result;
+}
+inline void store_bytes(vi a, int32_t* first, int32_t* second) {
+  int8_t bytes[LANES];
+  for (int i = 0; i < LANES; i++) bytes[i] = int8_t(a.at[i]);
+  std::memcpy(first, bytes, 4);
+  std::memcpy(second, bytes + 4, 4);
 }
 inline vi load_u8(const uint8_t* p) { return each<vi>([&](int i) { return int32_t(p[i]); }); }
 inline float half_to_float(uint16_t half) {
