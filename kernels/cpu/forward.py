@@ -38,7 +38,12 @@ class RowsStruct(ctypes.Structure):
     _fields_ = (
         ("n", c_int32), ("sequences", c_int32), ("tap_count", c_int32), ("numbers", c_void_p), ("caches", c_void_p),
         ("taps", c_void_p), ("cos", c_void_p), ("sin", c_void_p), ("logits", c_void_p),
+        ("seconds", c_void_p),
     )  # fmt: skip
+
+
+PARTS = ("embedding", "qkv", "attention", "o", "mlp", "head")
+"""Of a forward, as ``enum Part`` numbers them: a norm counts to what it feeds."""
 
 
 @dataclass(slots=True)

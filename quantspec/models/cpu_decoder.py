@@ -87,8 +87,10 @@ class CpuDecoder:
         """Logits ``[n, V]`` in fp32 of normed rows ``[n, H]``."""
         return self._head(x)
 
-    def forward(self, batch: Batch, caches: Sequence[Cache], taps: Sequence[Tap] = ()) -> Output:
-        """See ``CausalModel``."""
+    def forward(
+        self, batch: Batch, caches: Sequence[Cache], taps: Sequence[Tap] = (), seconds: Tensor | None = None
+    ) -> Output:
+        """See ``CausalModel``. ``seconds`` float64 ``[len(PARTS)]``: the time of each part is added to it."""
         n, asked = len(batch.tokens), sum(batch.num_logits)
         logits = torch.empty(asked, self.vocab_size)
         tapped = {tap: torch.empty(n, self.hidden_size) for tap in taps}
@@ -105,7 +107,7 @@ class CpuDecoder:
             targets.extend((self._tap_layer(tap), rows.data_ptr()))
         rows_struct = RowsStruct(
             n, len(caches), len(tapped), numbers.buffer_info()[0], places.buffer_info()[0], targets.buffer_info()[0],
-            cos.data_ptr(), sin.data_ptr(), logits.data_ptr(),
+            cos.data_ptr(), sin.data_ptr(), logits.data_ptr(), None if seconds is None else seconds.data_ptr(),
         )  # fmt: skip
         self._forward(self._model_address, ctypes.addressof(rows_struct))
         return Output(logits, tapped)

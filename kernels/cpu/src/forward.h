@@ -41,7 +41,10 @@ struct Rows {
   const TapTarget* taps;
   const float *cos, *sin;  // [positions, head_dim], the first half of sin negated
   float* logits;           // of the asked rows, one after the other
+  double* seconds;         // [PARTS], to which the time of each part is added; or null
 };
+
+enum Part { EMBEDDING, QKV, ATTENTION, O, MLP, HEAD, PARTS };  // a norm counts to what it feeds; named in forward.py
 
 // Rows are taken through the whole model in blocks, which bounds memory; earlier blocks are in the cache by then.
 constexpr int FORWARD_ROWS = 128;
@@ -70,6 +73,7 @@ class Forward {
   }
 
   void run() {
+    took(PARTS);
     for (first_ = 0; first_ < r_.n; first_ += FORWARD_ROWS) {
       count_ = int(least(r_.n - first_, FORWARD_ROWS));
       divide_rows();
@@ -81,6 +85,14 @@ class Forward {
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
   int q_width() const { return m_.heads * m_.head_dim; }
   int qkv_width() const { return (m_.heads + 2 * m_.kv_heads) * m_.head_dim; }
+
+  // The time since the last call went to `part`.
+  void took(Part part) {
+    if (r_.seconds == nullptr) return;
+    const auto now = std::chrono::steady_clock::now();
+    if (part != PARTS) r_.seconds[part] += std::chrono::duration<double>(now - since_).count();
+    since_ = now;
+  }
 
   // Positions and paths of one sequence's rows, and which of them get logits.
   void place_rows(int s) {
@@ -112,6 +124,7 @@ class Forward {
       embed_rows(m_.embedding, tokens_ + first_ + i, 1, x_ + int64_t(i) * m_.hidden, m_.hidden);
     });
     tap(-1);
+    took(EMBEDDING);
     for (int i = 0; i < m_.layer_count; i++) {
       run_layer(i);
       tap(i);
@@ -140,17 +153,21 @@ class Forward {
     const int n = count_, hidden = m_.hidden, inner = m_.inner, width = q_width();
     const auto input = [&](int i, float* x) { normed(layer.input_norm, i, x); };
     matmul(layer.qkv, n, input, qkv_, qkv_width(), false, int8);
+    took(QKV);
     const int chunks = int64_t(n) * qkv_width() < SMALL_COPY ? 1 : n;
     parallel_for(chunks, [&](int chunk) {
       for (int i = n * chunk / chunks; i < n * (chunk + 1) / chunks; i++) place_heads(layer, index, i);
     });
     attend_all(layer, index);
+    took(ATTENTION);
     const auto mixed = [&](int i, float* x) { std::memcpy(x, mixed_ + int64_t(i) * width, sizeof(float) * width); };
     matmul(layer.o, n, mixed, x_, hidden, true, int8);
+    took(O);
     const auto middle = [&](int i, float* x) { normed(layer.post_norm, i, x); };
     matmul(layer.gate_up, n, middle, gate_up_, 2 * inner, false, int8);
     const auto gated = [&](int i, float* x) { swiglu(gate_up_ + int64_t(i) * 2 * inner, inner, x); };
     matmul(layer.down, n, gated, x_, hidden, true, int8);
+    took(MLP);
   }
 
   // A row's queries are normed, rotated and scaled in place; its keys and values go to their cache slot.
@@ -205,6 +222,7 @@ class Forward {
     const auto last = [&](int i, float* x) { normed(m_.norm, asked[i], x); };
     matmul(m_.head, count, last, out, m_.head.rows, false, m_.int8 != 0);
     logits_done_ += count;
+    took(HEAD);
   }
 
   const Model& m_;
@@ -217,6 +235,7 @@ class Forward {
   float *x_, *qkv_, *mixed_, *gate_up_;
   int first_ = 0, count_ = 0, block_count_ = 0;
   int64_t logits_done_ = 0;
+  std::chrono::steady_clock::time_point since_;
 };
 
 }  // namespace quantspec
