@@ -51,9 +51,12 @@ class EagleKernel:
         m, width = bias.shape
         features, embeddings, bias = features.contiguous(), embeddings.contiguous(), bias.contiguous()
         assert features.shape == embeddings.shape == (m, self._struct.fc.rows), "one feature and embedding per slot"
-        assert width <= start + m <= kv.shape[2] and kv.is_contiguous(), "slots that the cache does not have"
+        assert width <= start + m <= kv.shape[2], "slots that the cache does not have"
+        assert kv.is_contiguous()
         assert features.dtype == embeddings.dtype == bias.dtype == kv.dtype == cos.dtype == torch.float32
-        assert cos.is_contiguous() and cos.shape == sin.shape and cos.shape[0] in (1, m)
+        assert cos.is_contiguous()
+        assert cos.shape == sin.shape == (len(cos), kv.shape[3])
+        assert len(cos) in (1, m)
         out = torch.empty_like(features)
         self._forward(
             self._address, m, features.data_ptr(), embeddings.data_ptr(), cos.data_ptr(), sin.data_ptr(),

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from quantspec.core.penalties import History, penalize
-from quantspec.core.truncation import Rows, check_finite, truncate
+from quantspec.core.race import DenseRace, Race, SparseRace
+from quantspec.core.truncation import Kept, Rows, truncate
 from quantspec.errors import UsageError
 from quantspec.types import SamplingParams
 
@@ -105,17 +106,25 @@ class WarpChain:
     def draw(self, warped: Tensor, positions: Sequence[int], stream: Stream) -> list[int]:
         """The tokens of warped rows ``[m, V]`` at the absolute positions ``[m]``: the argmax, lowest id first, of the
         row at temperature 0, else of the row minus ``log E``."""
-        return self._draw(_host(warped), positions, stream)
+        return self._noisy(_host(warped), positions, stream).argmax()
 
     def sample(
         self, states: Sequence[WarpState], logits: Tensor, positions: Sequence[int], stream: Stream
     ) -> list[int]:
         """``draw(apply_rows(states, logits), positions, stream)`` at a fraction of the cost."""
+        return self.race(states, logits, positions, stream).argmax()
+
+    def race(
+        self, states: Sequence[WarpState], logits: Tensor, positions: Sequence[int], stream: Stream | None
+    ) -> Race:
+        """``apply_rows(states, logits)``, minus ``log E`` at temperature > 0 where there is a stream."""
         rows = self._weigh(states, _host(logits))
         if self.greedy or not self._truncates:
-            return self._draw(rows, positions, stream)
+            return self._noisy(rows, positions, stream)
         kept = truncate(rows, self.params.top_k, self.params.top_p, self.params.min_p)
-        return kept.argmax(kept.values - stream.noise_at(positions, kept.count, kept.ids))
+        if stream is not None:
+            kept = Kept(kept.count, kept.ids, kept.values - stream.noise_at(positions, kept.count, kept.ids))
+        return SparseRace(kept)
 
     def _weigh(self, states: Sequence[WarpState], rows: Rows) -> Rows:
         """Penalties, bias, masks and temperature. The result may be the argument itself where nothing is to be done."""
@@ -132,12 +141,10 @@ class WarpChain:
             rows[np.ix_(np.flatnonzero(early), self._stop_ids)] = -np.inf
         return rows if self.greedy else rows / np.float32(self.params.temperature)
 
-    def _draw(self, rows: Rows, positions: Sequence[int], stream: Stream) -> list[int]:
-        if not self.greedy:
-            rows = rows - np.stack([stream.noise(t, rows.shape[1]) for t in positions])
-        y = rows.argmax(axis=-1).tolist()
-        check_finite(np.array([row[token] for row, token in zip(rows, y, strict=True)]))
-        return y
+    def _noisy(self, rows: Rows, positions: Sequence[int], stream: Stream | None) -> DenseRace:
+        if self.greedy or stream is None:
+            return DenseRace(rows)
+        return DenseRace(rows - np.stack([stream.noise(t, rows.shape[1]) for t in positions]))
 
 
 def _ids(tokens: Iterable[int]) -> NDArray[np.int64]:
@@ -145,4 +152,6 @@ def _ids(tokens: Iterable[int]) -> NDArray[np.int64]:
 
 
 def _host(rows: Tensor) -> Rows:
-    return rows.detach().to("cpu", torch.float32).contiguous().numpy()
+    if rows.requires_grad or rows.device.type != "cpu" or rows.dtype != torch.float32 or not rows.is_contiguous():
+        rows = rows.detach().to("cpu", torch.float32).contiguous()
+    return rows.numpy()

@@ -35,11 +35,10 @@ class Kept:
         rows[np.repeat(np.arange(len(self.count)), self.count), self.ids] = self.values
         return rows
 
-    def argmax(self, values: Rows) -> list[int]:
-        """Per row the lowest id with the largest of ``values``, one per entry."""
-        starts = self.count.cumsum() - self.count
-        hits = np.flatnonzero(values == np.maximum.reduceat(values, starts).repeat(self.count))
-        return self.ids[hits[hits.searchsorted(starts)]].tolist()
+    @property
+    def starts(self) -> Ids:
+        """Where each row's entries begin."""
+        return self.count.cumsum() - self.count
 
 
 def truncate(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Kept:
@@ -98,7 +97,8 @@ def _at_least(rows: Rows, cut: Rows, count: Ids) -> Kept:
     """The ``count[i]`` largest entries of row i, the least of which is ``cut[i]``."""
     flat = np.flatnonzero(rows >= cut[:, None])
     bounds = np.arange(len(rows) + 1) * rows.shape[1]
-    found = np.diff(flat.searchsorted(bounds))
+    places = flat.searchsorted(bounds)
+    found = places[1:] - places[:-1]  # np.diff costs ten times as much
     values = rows.ravel()[flat]
     if (found > count).any():  # more entries tie with the cut than there is room for: the highest ids go
         ends, tied = found.cumsum(), values == cut.repeat(found)

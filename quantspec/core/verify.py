@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from quantspec.core.accept import accept, ratio_accept
-from quantspec.core.drafter import log_scores
 from quantspec.core.sampling import WarpChain, WarpState
 from quantspec.core.session import Session
 from quantspec.errors import UsageError
@@ -106,7 +105,8 @@ class Verifier:
         verdicts, end = [], 0
         for s, (session, draft) in enumerate(zip(sessions, drafts, strict=True)):
             start, end = end, end + len(draft) + 1
-            verdict = self._judge(session, draft, output.logits[start:end], needs)
+            logits = output.logits if len(drafts) == 1 else output.logits[start:end]
+            verdict = self._judge(session, draft, logits, needs.top_k)
             if needs.taps:
                 taps = _new_rows(early[s], output.taps, batch.seq_starts[s], lags[s], verdict.path)
                 verdict = replace(verdict, taps=dict(taps))
@@ -131,21 +131,20 @@ class Verifier:
             raise UsageError("the ratio rule verifies chains, and this drafter proposes trees")
         return draft.best_chain() if session.cache.chains_only else draft
 
-    def _judge(self, session: Session, draft: Draft, logits: Tensor, needs: Needs) -> Verdict:
-        chain = session.chain
+    def _judge(self, session: Session, draft: Draft, logits: Tensor, top_k: int) -> Verdict:
+        chain, stream = session.chain, session.stream
         states, depths = _along_the_tree(session, draft)
         positions = [len(session.tokens) + depth for depth in depths]
+        race = chain.race(states, logits, positions, stream)
         if self.rule == "ratio":
             y, path = _judge_by_ratio(session, draft, chain.apply_rows(states, logits), positions)
         else:
-            y = chain.sample(states, logits, positions, session.stream)
+            y = race.argmax()
             path = accept(draft, y)
         top = None
-        if needs.top_k:
-            stream = None if chain.greedy else session.stream
-            scores = log_scores(chain.apply_rows(states, logits), positions, stream)
-            best = scores.topk(min(needs.top_k, scores.shape[1]))
-            top = (best.indices, best.values)
+        if top_k:
+            ids, scores = race.best(min(top_k, logits.shape[1]))
+            top = (torch.from_numpy(ids), torch.from_numpy(scores))
         tokens = tuple([draft.tokens[node] for node in path])
         next_token = y[path[-1] + 1 if path else 0]
         return Verdict(

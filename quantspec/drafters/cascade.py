@@ -197,7 +197,7 @@ def _common_prefix(a: Sequence[int], b: Sequence[int], start: int) -> int:
 def _emitted_rows(verdict: Verdict) -> tuple[Tensor, Tensor]:
     """``top`` of the rows that the emitted tokens were drawn from: ids and log-scores ``[len(emitted), k]``."""
     assert verdict.top is not None, "asked for in every inner step"
-    rows = torch.tensor([0, *(node + 1 for node in verdict.path)])
+    rows = [0, *(node + 1 for node in verdict.path)]
     ids, scores = verdict.top
     return ids[rows], scores[rows]
 
@@ -209,7 +209,8 @@ def _proposal(session: Session, ids: Tensor, scores: Tensor, start: int) -> list
     """
     if session.chain.greedy:
         return [None] * len(scores)
-    rows = torch.empty_like(scores).scatter_(1, ids, scores)
+    # A row ends in repeated ids and -inf where fewer tokens could be drawn.
+    rows = torch.full_like(scores, -torch.inf).scatter_reduce_(1, ids.long(), scores, "amax")
     noise = [torch.tensor(session.stream.noise(start + i, rows.shape[1])) for i in range(len(rows))]
     return list((rows + torch.stack(noise).to(rows.device)).softmax(-1))
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from quantspec.core.drafter import TargetParts, View
 from quantspec.drafters.config import EagleOptions
-from quantspec.drafters.eagle_head import EagleHead, HeadConfig
+from quantspec.drafters.eagle_head import EagleHead, HeadConfig, NativeEagleHead
 from quantspec.drafters.tree import Tree, assemble, frontier, rerank
 from quantspec.errors import ModelError
+from quantspec.kernels.dispatch import NATIVE
 from quantspec.types import EMPTY_DRAFT, Budget, Draft, Needs, Verdict
 
 _CHUNK = 256
@@ -85,7 +86,8 @@ class Eagle:
         probe = model.embed([0])
         model.head(probe)  # some targets have a head that cannot be borrowed, and say so here
         self._model = model
-        self._head = EagleHead.load(self.folder, probe.device, probe.dtype)
+        kind = NativeEagleHead if parts.model.backend in NATIVE else EagleHead
+        self._head = kind.load(self.folder, probe.device, probe.dtype)
 
     def open(self, view: View) -> EagleState:
         capacity = len(view.tokens) + view.remaining + self.options.top_k * self.options.depth
@@ -106,10 +108,9 @@ class Eagle:
         column: dict[int, int] = {}  # expanded node -> which slot past the filled ones it took
         for level in range(1, depth + 1):
             paths = [[tree.tokens[i] for i in tree.branch(node)] for node in nodes]
-            log_probs = view.scores(self._model.head(outputs), paths, tau=tau)
-            best = log_probs.topk(min(self.options.top_k, log_probs.shape[1]))
+            ids, log_probs = view.best(self._model.head(outputs), paths, min(self.options.top_k, view.vocab_size), tau)
             start = len(tree)
-            for node, tokens, scores in zip(nodes, best.indices.tolist(), best.values.tolist(), strict=True):
+            for node, tokens, scores in zip(nodes, ids.tolist(), log_probs.tolist(), strict=True):
                 tree.expand(node, tokens, scores)
             kept = rerank(tree.log_scores, budget.max_nodes, budget.price)
             grown = frontier(tree, start, kept, self.options.top_k, view.stop_ids) if level < depth else []

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantspec.errors import ModelError
+from quantspec.kernels.cpu.eagle import EagleKernel
 from quantspec.models.config import ModelConfig, read_config
 from quantspec.models.rope import RopeTable
 from quantspec.models.tensors import TensorStore
@@ -93,26 +94,47 @@ def _taus(raw: Any, source: str) -> dict[float, float]:
     return taus
 
 
+Weights = dict[str, tuple[Tensor, Tensor | None]]
+
+
+def _fused(config: HeadConfig, tensors: Mapping[str, Tensor]) -> Weights:
+    """Weight and bias of each matmul; q, k and v, and gate and up, are one."""
+    attention = [f"{_LAYER}self_attn.{name}_proj" for name in ("q", "k", "v")]
+    qkv_bias = torch.cat([tensors[f"{name}.bias"] for name in attention]) if config.model.qkv_bias else None
+    return {
+        "fc": (tensors["fc.weight"], tensors.get("fc.bias")),
+        "qkv": (torch.cat([tensors[f"{name}.weight"] for name in attention]), qkv_bias),
+        "o": (tensors[f"{_LAYER}self_attn.o_proj.weight"], None),
+        "gate_up": (torch.cat([tensors[f"{_LAYER}mlp.{name}_proj.weight"] for name in ("gate", "up")]), None),
+        "down": (tensors[f"{_LAYER}mlp.down_proj.weight"], None),
+    }
+
+
 class EagleHead:
     """The network, in plain batched operations: no text depends on a drafter, so its rows need no fixed bits."""
 
-    def __init__(self, config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, config: HeadConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
         """``tensors`` by checkpoint name, exactly ``config.shapes()`` and perhaps ``embed_tokens.weight``."""
-        model, layer = config.model, _LAYER
-        self.config = config
-        self.embed_weight = tensors.get("embed_tokens.weight")
-        self.fc_weight, self.fc_bias = tensors["fc.weight"], tensors.get("fc.bias")
-        scale = {"q": model.head_dim**-0.5, "k": 1.0, "v": 1.0}  # the softmax scale, folded into the queries
-        parts = {name: f"{layer}self_attn.{name}_proj" for name in scale}
-        self.qkv = torch.cat([tensors[f"{key}.weight"] * scale[name] for name, key in parts.items()])
-        self.qkv_bias = (
-            torch.cat([tensors[f"{key}.bias"] * scale[name] for name, key in parts.items()]) if model.qkv_bias else None
-        )
-        self.o_proj = tensors[f"{layer}self_attn.o_proj.weight"]
-        self.gate_up = torch.cat([tensors[f"{layer}mlp.gate_proj.weight"], tensors[f"{layer}mlp.up_proj.weight"]])
-        self.down = tensors[f"{layer}mlp.down_proj.weight"]
-        self.norm = tensors[f"{layer}post_attention_layernorm.weight"]
-        self.rope = RopeTable(model.rope, model.head_dim, self.qkv.device, self.qkv.dtype)
+        self.config, self._device, self._dtype = config, device, dtype
+        own = tensors.get("embed_tokens.weight")
+        self.embed_weight = None if own is None else own.to(device, dtype)
+        self.rope = RopeTable(config.model.rope, config.model.head_dim, device, dtype)
+        self._take(_fused(config, tensors), tensors[f"{_LAYER}post_attention_layernorm.weight"])
+
+    def _take(self, weights: Weights, norm: Tensor) -> None:
+        moved = {
+            name: (weight.to(self._device, self._dtype), None if bias is None else bias.to(self._device, self._dtype))
+            for name, (weight, bias) in weights.items()
+        }
+        model = self.config.model
+        scale = torch.ones(moved["qkv"][0].shape[0], 1).to(moved["qkv"][0])
+        scale[: model.num_heads * model.head_dim] = model.head_dim**-0.5  # of the softmax, folded into the queries
+        (self.fc_weight, self.fc_bias), (qkv, qkv_bias) = moved["fc"], moved["qkv"]
+        self.qkv, self.qkv_bias = qkv * scale, None if qkv_bias is None else qkv_bias * scale[:, 0]
+        self.o_proj, self.gate_up, self.down = moved["o"][0], moved["gate_up"][0], moved["down"][0]
+        self.norm = norm.to(self._device, self._dtype)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> EagleHead:
@@ -128,12 +150,13 @@ class EagleHead:
             if store.shape(name) != shape:
                 found, asked = list(store.shape(name)), list(shape)
                 raise ModelError(f"{folder}: tensor {name} is {found}, but config.json asks for {asked}")
-        return cls(config, {name: store.get(name).to(device, dtype) for name in shapes})
+        return cls(config, {name: store.get(name) for name in shapes}, device, dtype)
 
     def new_kv(self, capacity: int) -> Tensor:
         """Zeroed keys and values, ``[2, kv_heads, capacity, head_dim]``."""
         model = self.config.model
-        return self.qkv.new_zeros(2, model.num_kv_heads, capacity, model.head_dim)
+        shape = (2, model.num_kv_heads, capacity, model.head_dim)
+        return torch.zeros(shape, device=self._device, dtype=self._dtype)
 
     def forward(
         self, features: Tensor, embeddings: Tensor, positions: slice, kv: Tensor, start: int, bias: Tensor
@@ -164,3 +187,21 @@ class EagleHead:
         x = x + F.linear(mixed.transpose(0, 1).reshape(m, -1), self.o_proj)
         gate, up = F.linear(F.rms_norm(x, self.norm.shape, self.norm, model.rms_norm_eps), self.gate_up).chunk(2, dim=1)
         return x + F.linear(F.silu(gate) * up, self.down)
+
+
+class NativeEagleHead(EagleHead):
+    """The same on the CPU kernels: one call, weights in the checkpoint's own type."""
+
+    def _take(self, weights: Weights, norm: Tensor) -> None:
+        model = self.config.model
+        self._kernel = EagleKernel(
+            weights, norm, eps=model.rms_norm_eps, heads=model.num_heads, kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+        )  # fmt: skip
+
+    def forward(
+        self, features: Tensor, embeddings: Tensor, positions: slice, kv: Tensor, start: int, bias: Tensor
+    ) -> Tensor:
+        self.rope.grow(positions.stop)
+        cos, sin = self.rope.cos[positions], self.rope.sin[positions]
+        return self._kernel(features, embeddings, cos, sin, kv, start, bias)

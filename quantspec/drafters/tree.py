@@ -47,7 +47,7 @@ def rerank(log_scores: Sequence[float], max_nodes: int, price: Callable[[int], f
     Ties go to the earlier node, so the kept set holds every ancestor of its members.
     """
     kept: list[int] = []
-    for node in sorted(range(len(log_scores)), key=lambda i: (-log_scores[i], i))[:max_nodes]:
+    for node in sorted(range(len(log_scores)), key=log_scores.__getitem__, reverse=True)[:max_nodes]:
         if math.exp(log_scores[node]) <= price(len(kept) + 1):
             break
         kept.append(node)
@@ -61,7 +61,7 @@ def frontier(tree: Tree, level_start: int, kept: Sequence[int], width: int, leaf
     growing it. Nothing follows ``leaf_tokens``, which end the text.
     """
     growing = [i for i in kept if i >= level_start and tree.tokens[i] not in leaf_tokens]
-    return sorted(sorted(growing, key=lambda i: (-tree.log_scores[i], i))[:width])
+    return sorted(sorted(growing, key=tree.log_scores.__getitem__, reverse=True)[:width])
 
 
 def assemble(tree: Tree, kept: Sequence[int], stage: str) -> Draft:

@@ -20,6 +20,7 @@ import torch
 from table_model import TableModel
 
 from quantspec.core.drafter import Drafter, NoDrafter, View
+from quantspec.core.race import DenseRace
 from quantspec.core.sampling import WarpChain, WarpState
 from quantspec.core.session import Session
 from quantspec.core.step import step
@@ -67,19 +68,30 @@ class FiniteNoise:
         return np.zeros(vocab_size, np.float32)
 
 
+class FiniteRace(DenseRace):
+    """``best`` is that of the probabilities, without noise."""
+
+    def __init__(self, rows: np.ndarray, y: list[int]) -> None:
+        super().__init__(rows)
+        self.y = y
+
+    def argmax(self) -> list[int]:
+        return self.y
+
+
 class FiniteChain(WarpChain):
     """Reads a token off the outcome: the row's tokens, each as often as its numerator, in the row's own order."""
 
     def apply_rows(self, states: Sequence[WarpState], logits: torch.Tensor) -> torch.Tensor:
         return logits.floor().log()
 
-    def sample(self, states: Sequence[WarpState], logits: torch.Tensor, positions: Sequence[int], stream) -> list[int]:
+    def race(self, states: Sequence[WarpState], logits: torch.Tensor, positions: Sequence[int], stream) -> FiniteRace:
         result = []
         for row, t in zip(logits, positions, strict=True):
             tokens = [token for token in range(VOCAB) for _ in range(int(row[token]))]
             random.Random(round(float(row[0] % 1) * 256)).shuffle(tokens)
             result.append(tokens[stream.outcome(t)])
-        return result
+        return FiniteRace(self.apply_rows(states, logits).numpy(), result)
 
 
 def distribution(model: RationalModel, make_drafter: Callable[[], Drafter]) -> tuple[dict[tuple, Fraction], int]:

@@ -221,6 +221,7 @@ def test_the_last_slot_pairs_the_last_token_with_the_feature_before_it(tmp_path:
 
     class Identity:
         vocab_size = hidden_size = size
+        backend = "known"
 
         def embed(self, tokens) -> Tensor:
             return torch.eye(size)[list(tokens)]

@@ -12,8 +12,9 @@ from quantspec.drafters.cascade import Cascade
 from quantspec.drafters.config import CascadeOptions, EagleOptions
 from quantspec.drafters.draft_model import draft_model
 from quantspec.drafters.eagle import Eagle
-from quantspec.drafters.eagle_head import HeadConfig
+from quantspec.drafters.eagle_head import EagleHead, HeadConfig, NativeEagleHead
 from quantspec.errors import ModelError, UsageError
+from quantspec.kernels.cpu import library
 from quantspec.models.load import load_model
 from quantspec.types import Budget, SamplingParams
 
@@ -23,6 +24,36 @@ def family(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
     folders = save_family(tmp_path_factory.mktemp("eagle"))
     return {name: folder if name == "head" else load_model(folder) for name, folder in folders.items()}
+
+
+# --- the native head --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_native_head_gives_the_same_outputs(tmp_path: Path, biases: bool) -> None:
+    """A prompt, a chain and a tree level, one after the other; heads of 8 values, two to each of keys and values."""
+    if library.usable() is not None:
+        pytest.skip("no native library here")
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    tensors, config = head_tensors(), HEAD_CONFIG
+    if biases:
+        config = HEAD_CONFIG | {"model_type": "qwen2"}
+        widths = {"q": HIDDEN, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM}
+        tensors |= {f"layers.0.self_attn.{name}_proj.bias": random(width) for name, width in widths.items()}
+    folder = save(tmp_path / "head", config, tensors)
+    heads = [kind.load(folder, torch.device("cpu"), torch.float32) for kind in (EagleHead, NativeEagleHead)]
+    caches = [head.new_kv(40) for head in heads]
+    for m, start, width, positions in ((19, 0, 19, slice(0, 19)), (1, 19, 1, slice(19, 20)), (3, 20, 6, slice(20, 21))):
+        bias = torch.full((m, width), -torch.inf).triu(1 + width - m)
+        inputs = random(m, HIDDEN), random(m, HIDDEN)
+        a, b = (head.forward(*inputs, positions, kv, start, bias) for head, kv in zip(heads, caches, strict=True))
+        # fp32 sums of up to 64 products in another order, through one layer
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*caches, rtol=1e-4, atol=1e-4)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -84,6 +115,7 @@ def load(folder: Path, config: dict, tensors: dict[str, Tensor]) -> Eagle:
 
     class Target:
         vocab_size, hidden_size = VOCAB, HIDDEN
+        backend = "known"
 
         def embed(self, tokens) -> Tensor:
             return torch.zeros(len(tokens), HIDDEN)

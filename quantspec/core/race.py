@@ -1,0 +1,58 @@
+"""The race that decides a draw: ``log q - log E`` of every token that may be drawn, dense or of those that are left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantspec.core.truncation import Kept, Rows, check_finite
+from quantspec.kernels.cpu.sampling import best_rows
+
+Best = tuple[NDArray[np.integer], Rows]
+"""Ids and log-probabilities, each ``[m, k]``, best first; a row with fewer entries ends in -inf."""
+
+
+@dataclass(slots=True)
+class DenseRace:
+    """``rows [m, V]``."""
+
+    rows: Rows
+
+    def argmax(self) -> list[int]:
+        """Per row the best token, the lowest id on ties. Raises ``ModelError`` if a row has no finite maximum."""
+        y = self.rows.argmax(axis=-1)
+        check_finite(self.rows[np.arange(len(y)), y])
+        return y.tolist()
+
+    def best(self, k: int, tau: float = 1.0) -> Best:
+        """The k best of ``log_softmax(row / tau)``."""
+        return best_rows(self.rows if tau == 1 else self.rows / np.float32(tau), k)
+
+
+@dataclass(slots=True)
+class SparseRace:
+    """Only the tokens that truncation left; their values at least one a row and finite at its best."""
+
+    kept: Kept
+
+    def argmax(self) -> list[int]:
+        """Per row the best token, the lowest id on ties."""
+        kept, starts = self.kept, self.kept.starts
+        hits = np.flatnonzero(kept.values == np.maximum.reduceat(kept.values, starts).repeat(kept.count))
+        return kept.ids[hits[hits.searchsorted(starts)]].tolist()
+
+    def best(self, k: int, tau: float = 1.0) -> Best:
+        """The k best of ``log_softmax(row / tau)``."""
+        count, starts = self.kept.count, self.kept.starts
+        values = self.kept.values / np.float32(tau)
+        values -= np.maximum.reduceat(values, starts).repeat(count)
+        values -= np.log(np.add.reduceat(np.exp(values), starts)).repeat(count)
+        order = np.lexsort((-values, np.arange(len(count)).repeat(count)))  # stable: ties stay in the order of ids
+        rank = np.arange(k)
+        place = order[starts[:, None] + np.minimum(rank, count[:, None] - 1)]
+        return self.kept.ids[place], np.where(rank < count[:, None], values[place], np.float32(-np.inf))
+
+
+Race = DenseRace | SparseRace
