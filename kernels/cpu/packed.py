@@ -50,7 +50,10 @@ class Arena:
 
 def _huge_pages(count: int) -> Tensor:
     size = math.ceil(count / _HUGE) * _HUGE
-    memory = mmap.mmap(-1, size + _HUGE)
+    try:
+        memory = mmap.mmap(-1, size + _HUGE)
+    except OSError as error:  # as torch would say it
+        raise MemoryError(f"no room for {size} bytes of packed weights") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
@@ -155,7 +158,11 @@ def _pack_quantized(weight: QuantizedWeight, bias: Tensor | None, arena: Arena, 
     per_group = PANEL * (scale.element_size() + row_codes) + (64 if zeros is not None else 0)
     memory = _allocate(struct, bias, arena, math.ceil(n / PANEL) * math.ceil(k / group) * per_group)
     bind("qs_pack_quantized", None, [c_void_p] * 4 + [c_int])(
-        ctypes.byref(struct), codes.data_ptr(), scale.data_ptr(), None if zeros is None else zeros.data_ptr(), source_group
+        ctypes.byref(struct),
+        codes.data_ptr(),
+        scale.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
+        source_group,
     )
     return PackedLinear(struct, memory, bias, integer=integer)
 

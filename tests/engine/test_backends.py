@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 import quantspec
 from quantspec.engine.llm import LLM
-from quantspec.errors import UsageError
-from quantspec.kernels.cpu import library
+from quantspec.errors import ResourceError, UsageError
+from quantspec.kernels.cpu import library, packed
 from quantspec.kernels.cpu.library import bind
 from quantspec.types import SamplingParams
 
@@ -70,6 +71,15 @@ def test_a_target_that_cannot_run_so_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown backend 'cpu-int9'") as caught:
         load(backend="cpu-int9")
     assert "cpu-int8" in (caught.value.hint or "")
+
+
+def test_no_room_for_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(packed.mmap, "mmap", full)
+    with pytest.raises(ResourceError, match="does not fit into memory"):
+        load(method="none")
 
 
 @pytest.mark.parametrize("backend,seen", [("cpu-int8", 1), ("reference-exact", 2)])
