@@ -46,13 +46,11 @@ class SparseRace:
     def best(self, k: int, tau: float = 1.0) -> Best:
         """The k best of ``log_softmax(row / tau)``."""
         count, starts = self.kept.count, self.kept.starts
-        values = self.kept.values / np.float32(tau)
-        values -= np.maximum.reduceat(values, starts).repeat(count)
-        values -= np.log(np.add.reduceat(np.exp(values), starts)).repeat(count)
-        order = np.lexsort((-values, np.arange(len(count)).repeat(count)))  # stable: ties stay in the order of ids
-        rank = np.arange(k)
-        place = order[starts[:, None] + np.minimum(rank, count[:, None] - 1)]
-        return self.kept.ids[place], np.where(rank < count[:, None], values[place], np.float32(-np.inf))
+        place = np.arange(max(k, count.max()))
+        rows = np.full((len(count), len(place)), -np.inf, np.float32)
+        rows[place < count[:, None]] = self.kept.values / np.float32(tau)
+        ranked, scores = best_rows(rows, k)
+        return self.kept.ids[starts[:, None] + np.minimum(ranked, count[:, None] - 1)], scores
 
 
 Race = DenseRace | SparseRace

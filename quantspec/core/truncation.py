@@ -8,6 +8,7 @@ rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from quantspec.errors import ModelError
 
 Rows = NDArray[np.float32]
 Ids = NDArray[np.int64]
-_PREFIX = 512  # the sorted prefix that is tried before the whole row
+_PREFIXES = tuple(256 * 4**i for i in range(6))  # the sorted prefixes that are tried before the whole row
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def truncate(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0)
     size = rows.shape[1]
     best = rows.max(axis=-1, keepdims=True)
     check_finite(best)
-    prefixes = [min(top_k, size)] if top_k else [min(_PREFIX, size), size]
+    prefixes = [min(top_k, size)] if top_k else [*takewhile(lambda k: k < size, _PREFIXES), size]
     total: Rows | None = None
     if top_p < 1 and not top_k:
         # sum(exp(row - best)) as the inverse of the best's share: torch's softmax is four times as fast as numpy's exp,
