@@ -1,4 +1,4 @@
-"""Linear layers packed for the CPU kernels (layout: ``src/linear.h``), in memory of 2 MB pages where the system has them."""
+"""Linear layers packed for the CPU kernels (layout: ``src/linear.h``), in 2 MB pages where the system has them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LinearStruct(ctypes.Structure):
 
 
 class Arena:
-    """Hands out memory for packed weights from chunks that ask for 2 MB pages: many small mappings would not get any."""
+    """Hands out memory for packed weights from chunks that ask for 2 MB pages; many small mappings would get none."""
 
     def __init__(self, chunk: int = 32 * _HUGE) -> None:
         self._chunk, self._free = chunk, torch.empty(0, dtype=torch.uint8)
@@ -72,9 +72,9 @@ def refusal(scheme: Scheme) -> str | None:
 class PackedLinear:
     """``x [n, K] @ weight [N, K].T + bias [N]`` with the weight in panels.
 
-    ``integer`` says whether quantized weights meet int8 activations (one scale per row and group, codes within +-127) or
-    fp32 ones. Either way a row of the output has the same bits for every n and number of threads. ``nbytes`` is what
-    one product reads. Safe to call from several threads.
+    ``integer`` says whether quantized weights meet int8 activations (one scale per row and group, codes within +-127)
+    or fp32 ones. Either way a row of the output has the same bits for every n and number of threads. ``nbytes`` is
+    what one product reads. Safe to call from several threads.
     """
 
     def __init__(self, struct: LinearStruct, memory: Tensor, bias: Tensor | None, *, integer: bool) -> None:

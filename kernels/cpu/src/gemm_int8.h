@@ -155,12 +155,12 @@ inline void dot_plane(const uint8_t* codes, int steps, const int32_t* x, Dot::V 
   constexpr int bytes = Dot::rows * 4;
   for (int step = 0; step < steps; step += 4) {
     V sum[R][T];
-#pragma GCC unroll 4
+    QS_UNROLL(4)
     for (int s = 0; s < 4; s++) {
       prefetch(ahead);
       if (R * Dot::rows == 32) prefetch(ahead + 64);
       ahead += stride;
-#pragma GCC unroll 2
+      QS_UNROLL(2)
       for (int half = 0; half < 2; half++) {
         V weights[R];
         for (int r = 0; r < R; r++) {
