@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from quantspec.benchmarks.shapes import ModelShape
 from quantspec.errors import UsageError
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -40,8 +41,42 @@ class KernelBench:
         unknown = [name for name in self.backends if name not in BACKENDS]
         if unknown:
             raise UsageError(f"unknown backend {unknown[0]!r}", hint=f"one of {', '.join(BACKENDS)}")
-        if self.group_size < 32 or self.group_size % 32:
-            raise UsageError(f"the group size must be a multiple of 32, not {self.group_size}")
+        check_group_size(self.group_size)
+        check_counts(self.threads, self.rounds)
+
+
+@dataclass(frozen=True)
+class DecodeBench:
+    """What ``quantspec bench decode`` measures."""
+
+    model: str | None = None
+    """A model folder, hub id or member of the default family."""
+    shape: ModelShape | None = None
+    """Instead of a model: random weights of this shape."""
+    activations: Literal["int8", "fp32"] | None = None
+    """What activations are rounded to before they meet quantized weights. Default: int8 where weights are."""
+    group_size: int = 128
+    """Of random weights: those in a row that share a scale."""
+    context: int = 512
+    """Tokens in the cache."""
+    tokens: int = 32
+    """Tokens to decode."""
+    widths: tuple[int, ...] = WIDTHS
+    """Rows of one forward; 1 is always among them."""
+    threads: int | None = None
+    """CPU threads. Default: all cores."""
+    rounds: int = 5
+    """How often every width is measured; the least time counts."""
+    seed: int = 0
+    """Of random weights, of the tokens, and of the order within a round."""
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.shape is not None:
+            raise UsageError("--model and --shape exclude each other", hint="a shape has random weights")
+        check_widths(self.widths)
+        if self.context < 1 or self.tokens < 1:
+            raise UsageError(f"context and tokens must be at least 1, not {self.context} and {self.tokens}")
+        check_group_size(self.group_size)
         check_counts(self.threads, self.rounds)
 
 
@@ -50,6 +85,11 @@ def check_shape(k: int, n: int) -> None:
         raise UsageError(f"a shape needs at least one input and one output, not {k}x{n}")
     if k % 32:
         raise UsageError(f"K must be a multiple of 32, not {k} (shape {k}x{n})")
+
+
+def check_group_size(size: int) -> None:
+    if size < 32 or size % 32:
+        raise UsageError(f"the group size must be a multiple of 32, not {size}")
 
 
 def check_widths(widths: tuple[int, ...]) -> None:

@@ -70,29 +70,31 @@ def best(one: Machine, other: Machine) -> Machine:
     )
 
 
-def set_threads(threads: int) -> None:
-    """Of the native kernels and of torch's."""
-    library.bind("qs_set_threads", None, [c_int])(threads)
-    torch.set_num_threads(threads)
+def set_threads(native: int, torch_threads: int) -> None:
+    """Of the native kernels (0: all cores) and of torch."""
+    library.bind("qs_set_threads", None, [c_int])(native)
+    torch.set_num_threads(torch_threads)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One backend on one weight K x N of ``nbytes``: the seconds of all its calls, by their number of rows."""
+    """One backend on one weight K x N (``shape``; None for a whole model) of ``nbytes``, with ``macs`` multiply-adds a
+    row: the seconds of all its calls, by their number of rows."""
 
     backend: str
     mode: str
-    shape: tuple[int, int]
+    shape: tuple[int, int] | None
     group_size: int | None
     nbytes: int
+    macs: int
     times: Mapping[int, Sequence[float]]
 
     def rows(self, machine: Machine) -> list[dict[str, Any]]:
         """Figures for every width, from the least time of each; width 1 must be among them."""
-        k, n_out = self.shape
+        k, n_out = self.shape or (None, None)
         rows = []
         for n in sorted(self.times):
-            seconds, bound = min(self.times[n]), machine.bound(self.nbytes, n * k * n_out, self.mode)
+            seconds, bound = min(self.times[n]), machine.bound(self.nbytes, n * self.macs, self.mode)
             rows.append(
                 {
                     "backend": self.backend,
@@ -131,8 +133,8 @@ def measure(field: Field, config: KernelBench, left_out: dict[str, str]) -> list
     times = alternate(calls, config.rounds, config.seed)
 
     def measured(one: Contender) -> Measured:
-        spent = {n: times[one.backend, n] for n in widths}
-        return Measured(one.backend, one.mode, field.shape, one.group_size, one.nbytes, spent)
+        spent, (k, n_out) = {n: times[one.backend, n] for n in widths}, field.shape
+        return Measured(one.backend, one.mode, field.shape, one.group_size, one.nbytes, k * n_out, spent)
 
     return [measured(one) for one in entrants]
 
@@ -145,7 +147,7 @@ def run(config: KernelBench, notice: Notice = lambda line: None, *, nbytes: int 
     """
     check_device(config.device)
     threads = config.threads or probes.cores()
-    set_threads(threads)
+    set_threads(threads, threads)
     notice(f"measuring what {threads} threads of this machine can do")
     machine = look_at_machine(threads, config.group_size)
     measured: list[Measured] = []

@@ -14,12 +14,14 @@ ROUND_SECONDS = 0.016
 """What a call may take of a round on average: slow ones take part in every second or tenth, or in none."""
 
 
-def alternate(calls: Mapping[Key, Callable[[], object]], rounds: int, seed: int = 0) -> dict[Key, list[float]]:
+def alternate(
+    calls: Mapping[Key, Callable[[], object]], rounds: int, seed: int = 0, share: float = ROUND_SECONDS
+) -> dict[Key, list[float]]:
     """Seconds that each of ``calls`` took, one figure a call.
 
     Every round goes through all of them in a new order. A quick call is made once untimed, which wakes threads and
-    brings code and inputs into the caches, and then up to 8 times; a slow one once, in as many rounds as its share of
-    the time allows. One that never gets its turn again has the time of the first look at them all.
+    brings code and inputs into the caches, and then up to 8 times; a slow one once, in as many rounds as ``share``
+    seconds a round allow. One that never gets its turn again has the time of the first look at them all.
     """
     shuffle = random.Random(seed).shuffle
     order = list(calls)
@@ -30,7 +32,7 @@ def alternate(calls: Mapping[Key, Callable[[], object]], rounds: int, seed: int 
     for number in range(rounds):
         shuffle(order)
         for key in order:
-            if spent[key] > (number + 1) * ROUND_SECONDS:
+            if spent[key] > (number + 1) * share:
                 continue
             count = max(1, min(MOST_CALLS, int(BURST_SECONDS / least[key])))
             if count > 1:

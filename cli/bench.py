@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from quantspec.benchmarks.config import BACKENDS as KERNEL_BACKENDS
-from quantspec.benchmarks.config import KernelBench
+from quantspec.benchmarks.config import DecodeBench, KernelBench
+from quantspec.benchmarks.shapes import ModelShape, parse_shape
 from quantspec.cli.invocation import Invocation
 from quantspec.cli.machine import cpu_flags, processor
 from quantspec.cli.options import assemble, options_from
@@ -34,18 +35,34 @@ class Listed(click.ParamType[Any, Any]):
             self.fail(f"{value!r} is not {self.name}", param, ctx)
 
 
-def _shape(text: str) -> tuple[int, int]:
+class Shape(click.ParamType[Any, Any]):
+    """A model's shape."""
+
+    name = "shape"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ModelShape:
+        return value if isinstance(value, ModelShape) else parse_shape(value)
+
+
+def _kxn(text: str) -> tuple[int, int]:
     k, n = text.lower().split("x")
     return int(k), int(n)
 
 
-SHAPES = Listed("KxN[,KxN]", _shape)
+SHAPES = Listed("KxN[,KxN]", _kxn)
 WIDTHS = Listed("n[,n]", int)
 BACKENDS = Listed("name[,name]", str)
 _DEFAULT_SHAPES = ",".join(f"{k}x{n}" for k, n in KernelBench.shapes)
 _DEFAULT_WIDTHS = ",".join(map(str, KernelBench.widths))
 
-
+widths_option = click.option(
+    "--widths",
+    type=WIDTHS,
+    metavar="n,...",
+    default=_DEFAULT_WIDTHS,
+    show_default=True,
+    help="Rows of one call; 1 is always added.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -63,14 +80,7 @@ def bench() -> None:
     show_default=True,
     help="Weights, as inputs x outputs.",
 )
-@click.option(
-    "--widths",
-    type=WIDTHS,
-    metavar="n,...",
-    default=_DEFAULT_WIDTHS,
-    show_default=True,
-    help="Rows of one call; 1 is always added.",
-)
+@widths_option
 @click.option(
     "--backends",
     type=BACKENDS,
@@ -99,6 +109,29 @@ def kernels(invocation: Invocation, as_json: bool, plot: Path | None, html: Path
         _print_shape(shape, [row for row in report["rows"] if (row["K"], row["N"]) == shape])
     for line in _closing(report):
         click.echo(line)
+
+
+@bench.command(short_help="A whole model: tokens/s, parts of a step, v(n).")
+@click.option(
+    "--shape",
+    type=Shape(),
+    help="Random weights: 1b, 8b, and KEY=NUMBER, as in 1b,layers=4. Default without a model: 1b.",
+)
+@widths_option
+@options_from(DecodeBench, skip=("shape", "widths"))
+@json_option
+@click.pass_obj
+def decode(invocation: Invocation, as_json: bool, **options: Any) -> None:
+    """Decode with a whole model on the native kernels: tokens/s, the milliseconds of a step by part, the bytes that it
+    reads against the measured bandwidth, and what forwards of more rows cost."""
+    config = assemble(DecodeBench, options)
+    from quantspec.benchmarks.decode import run
+
+    report = {**run(config, note), **_circumstances(invocation)}
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        _print_model(report)
 
 
 def _check_places(plot: Path | None, html: Path | None) -> None:
@@ -177,3 +210,42 @@ def _closing(report: Mapping[str, Any]) -> Iterator[str]:
         f"ms: least of {report['rounds']} rounds. v(n) = t(n) / t(1). of bound: t(n) over the longer of reading the "
         "weights and of doing the multiply-adds."
     )
+
+
+def _print_model(report: Mapping[str, Any]) -> None:
+    total = sum(report["parts_ms"].values())
+    table(
+        "One step",
+        ("part", "ms", "share", "MB read", "GB/s"),
+        [
+            (part, _ms(ms), f"{ms / total:.0%}", *_reading(report["part_bytes"].get(part, 0), ms))
+            for part, ms in report["parts_ms"].items()
+        ],
+    )
+    table(
+        "Forwards of n rows",
+        ("n", "ms", "v", "of bound", *(f"{part} ms" for part in report["parts_ms"])),
+        [
+            (
+                str(row["n"]),
+                _ms(row["ms"]),
+                f"{row['v']:.2f}",
+                f"{row['over_bound']:.2f}x",
+                *(_ms(ms) for ms in row["parts_ms"].values()),
+            )
+            for row in report["rows"]
+        ],
+    )
+    tokens, backend, context = report["tokens_per_second"], report["backend"], report["context"]
+    megabytes, step = report["bytes_per_step"] / 1e6, _ms(report["ms_per_step"])
+    click.echo(
+        f"{tokens:.1f} tokens/s on {backend} with {context} tokens in the cache: {step} ms a step at best, "
+        f"{megabytes:,.1f} MB read at {report['gbps']:.1f} GB/s, {report['bandwidth_fraction']:.0%} of the measured "
+        f"{report['read_bandwidth_gbps']:.1f}."
+    )
+    place = f"{report['processor']}, {report['threads']} threads"
+    click.echo(f"{place}. A norm counts to what it feeds; other: outside the kernels.")
+
+
+def _reading(nbytes: int, ms: float) -> tuple[str, str]:
+    return (f"{nbytes / 1e6:,.1f}", f"{nbytes / ms / 1e6:.1f}") if nbytes else ("", "")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,28 @@ native = pytest.mark.skipif(library.usable() is not None, reason=str(library.usa
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small copies and buffers: what is measured then means nothing, how it is reported is all the same."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small copies and buffers: what is measured then means nothing, how it is reported is all the same. Threads are
+    afterwards as they were."""
     monkeypatch.setattr(contenders, "LEAST_BYTES", 2**16)
     monkeypatch.setattr(probes, "l3_bytes", lambda: 2**14)
     monkeypatch.setattr(probes, "LEAST_BYTES", 2**20)
+    before = torch.get_num_threads()
+    yield
+    kernels.set_threads(0, before)
 
 
 def test_figures_of_made_up_times() -> None:
     machine = Machine(bandwidth=40e9, tile_macs=100e9)
     times = {1: [2e-3, 1e-3, 4e-3], 64: [8e-3]}
-    one, wide = Measured("cpu-int8", "int8", (1000, 2000), 128, 20_000_000, times).rows(machine)
+    one, wide = Measured("cpu-int8", "int8", (1000, 2000), 128, 20_000_000, 2_000_000, times).rows(machine)
     assert one.keys() >= ROW_KEYS
     # 20 MB at 40 GB/s take 0.5 ms, 2 M multiply-adds at 100 G/s 0.02 ms; the least of the times counts.
     assert (one["ms"], one["ms_median"], one["v"], one["samples"]) == pytest.approx((1.0, 2.0, 1.0, 3))
     assert (one["gbps"], one["bandwidth_fraction"], one["bound_ms"]) == pytest.approx((20.0, 0.5, 0.5))
     # 64 rows are bound by 128 M multiply-adds: 1.28 ms.
     assert (wide["v"], wide["bound_ms"], wide["over_bound"]) == pytest.approx((8.0, 1.28, 6.25))
-    dense = Measured("torch-fp32", "dense", (1000, 2000), None, 20_000_000, times).rows(machine)
+    dense = Measured("torch-fp32", "dense", (1000, 2000), None, 20_000_000, 2_000_000, times).rows(machine)
     assert [row["bound_ms"] for row in dense] == pytest.approx([0.5, 0.5])
     assert dense[0]["group_size"] is None
 
