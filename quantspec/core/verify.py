@@ -3,8 +3,8 @@ tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -106,11 +106,8 @@ class Verifier:
         for s, (session, draft) in enumerate(zip(sessions, drafts, strict=True)):
             start, end = end, end + len(draft) + 1
             logits = output.logits if len(drafts) == 1 else output.logits[start:end]
-            verdict = self._judge(session, draft, logits, needs.top_k)
-            if needs.taps:
-                taps = _new_rows(early[s], output.taps, batch.seq_starts[s], lags[s], verdict.path)
-                verdict = replace(verdict, taps=dict(taps))
-            verdicts.append(verdict)
+            new_rows = partial(_new_rows, early[s], output.taps, batch.seq_starts[s], lags[s])
+            verdicts.append(self._judge(session, draft, logits, needs.top_k, new_rows))
         return verdicts
 
     def _catch_up(self, session: Session, taps: Sequence[Tap]) -> list[Mapping[Tap, Tensor]]:
@@ -131,7 +128,14 @@ class Verifier:
             raise UsageError("the ratio rule verifies chains, and this drafter proposes trees")
         return draft.best_chain() if session.cache.chains_only else draft
 
-    def _judge(self, session: Session, draft: Draft, logits: Tensor, top_k: int) -> Verdict:
+    def _judge(
+        self,
+        session: Session,
+        draft: Draft,
+        logits: Tensor,
+        top_k: int,
+        new_rows: Callable[[Sequence[int]], Iterator[tuple[Tap, Tensor]]],
+    ) -> Verdict:
         chain, stream = session.chain, session.stream
         states, depths = _along_the_tree(session, draft)
         positions = [len(session.tokens) + depth for depth in depths]
@@ -155,6 +159,7 @@ class Verifier:
             stages=(*[draft.stages[node] for node in path], self.stage),
             draft=draft,
             top=top,
+            taps=dict(new_rows(path)),
             logprobs=_logprobs(chain, logits, [0, *(node + 1 for node in path)], (*tokens, next_token)),
         )
 

@@ -159,12 +159,14 @@ class Cascade:
             top_k=self.verifier.model.vocab_size if ratio else 2 if self.stop else 1,
         )
         for level, verdict, start in zip(levels, verdicts, starts, strict=True):
-            ids, scores = _emitted_rows(verdict)
-            probabilities = scores[:, 0].exp().tolist()
-            q_rows = _proposal(level.session, ids, scores, start) if ratio else [None] * len(probabilities)
-            level.drafted += map(_Drafted, verdict.stages, probabilities, q_rows)
+            assert verdict.top is not None, "asked for above"
+            rows = [0, *(node + 1 for node in verdict.path)]  # those that the emitted tokens were drawn from
+            ids, scores = verdict.top
+            best = scores[:, 0].exp().tolist()
+            q_rows = _proposal(level.session, ids[rows], scores[rows], start) if ratio else [None] * len(rows)
+            level.drafted += map(_Drafted, verdict.stages, [best[row] for row in rows], q_rows)
             if self.stop:
-                level.stopped = self.stop(float((scores[:, 0] - scores[:, 1]).min()))
+                level.stopped = self.stop(float((scores[rows, 0] - scores[rows, 1]).min()))
 
     def observe(self, state: CascadeState, verdict: Verdict) -> None:
         """Nothing: the next view tells what was committed."""
@@ -192,14 +194,6 @@ def _common_prefix(a: Sequence[int], b: Sequence[int], start: int) -> int:
     while start < end and a[start] == b[start]:
         start += 1
     return start
-
-
-def _emitted_rows(verdict: Verdict) -> tuple[Tensor, Tensor]:
-    """``top`` of the rows that the emitted tokens were drawn from: ids and log-scores ``[len(emitted), k]``."""
-    assert verdict.top is not None, "asked for in every inner step"
-    rows = [0, *(node + 1 for node in verdict.path)]
-    ids, scores = verdict.top
-    return ids[rows], scores[rows]
 
 
 def _proposal(session: Session, ids: Tensor, scores: Tensor, start: int) -> list[Tensor | None]:

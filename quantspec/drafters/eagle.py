@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,22 +104,28 @@ class Eagle:
         # While features lag (tokens came without a forward) one empty draft lets the verifier catch up.
         if min(depth, budget.max_nodes) < 1 or state.count != len(view.tokens) - 1:
             return EMPTY_DRAFT
-        tau = self.config.tau_at(view.chain.params.temperature)
+        tau, width = self.config.tau_at(view.chain.params.temperature), min(self.options.top_k, view.vocab_size)
         outputs, nodes, tree = self._fill(state, view.tokens), [-1], Tree()
-        column: dict[int, int] = {}  # expanded node -> which slot past the filled ones it took
+        # Of every expanded node: the tokens that lead to it, and the slots past the filled ones that it attends.
+        paths: dict[int, tuple[int, ...]] = {-1: ()}
+        columns: dict[int, tuple[int, ...]] = {-1: ()}
         for level in range(1, depth + 1):
-            paths = [[tree.tokens[i] for i in tree.branch(node)] for node in nodes]
-            ids, log_probs = view.best(self._model.head(outputs), paths, min(self.options.top_k, view.vocab_size), tau)
+            best = view.best(self._model.head(outputs), [paths[node] for node in nodes], width, tau)
             start = len(tree)
-            for node, tokens, scores in zip(nodes, ids.tolist(), log_probs.tolist(), strict=True):
+            for node, tokens, scores in zip(nodes, *(rows.tolist() for rows in best), strict=True):
                 tree.expand(node, tokens, scores)
             kept = rerank(tree.log_scores, budget.max_nodes, budget.price)
             grown = frontier(tree, start, kept, self.options.top_k, view.stop_ids) if level < depth else []
             if not grown:
                 break
             row = {node: i for i, node in enumerate(nodes)}
-            parents = outputs[[row[tree.parents[node]] for node in grown]]
-            outputs, nodes = self._expand(state, tree, grown, parents, level, column), grown
+            parents = [tree.parents[node] for node in grown]
+            for node, parent in zip(grown, parents, strict=True):
+                paths[node] = (*paths[parent], tree.tokens[node])
+                columns[node] = (*columns[parent], len(columns) - 1)
+            features = outputs[torch.tensor([row[parent] for parent in parents], device=outputs.device)]
+            tokens = [tree.tokens[node] for node in grown]
+            outputs, nodes = self._expand(state, tokens, features, level, [columns[node] for node in grown]), grown
         return assemble(tree, kept, self.name)
 
     def _fill(self, state: EagleState, tokens: Sequence[int]) -> Tensor:
@@ -140,23 +147,22 @@ class Eagle:
         return outputs[-1:]
 
     def _expand(
-        self, state: EagleState, tree: Tree, nodes: Sequence[int], parents: Tensor, level: int, column: dict[int, int]
+        self, state: EagleState, tokens: Sequence[int], features: Tensor, level: int, columns: Sequence[Sequence[int]]
     ) -> Tensor:
-        """Outputs ``[m, H]`` of tree nodes at depth ``level`` (from 1), given their parents' outputs ``[m, H]``."""
-        start = state.filled + len(column)
-        column |= {node: len(column) + i for i, node in enumerate(nodes)}
-        bias = [[-torch.inf] * len(column) for _ in nodes]
-        for row, node in zip(bias, nodes, strict=True):
-            for ancestor in tree.branch(node):
-                row[column[ancestor]] = 0.0
+        """Outputs ``[m, H]`` of tree nodes at depth ``level`` (from 1), given their parents' outputs ``[m, H]``.
+        ``columns`` are the slots past the filled ones that each attends, its own, the newest, last."""
+        width = columns[-1][-1] + 1
+        bias = np.full((len(tokens), width), -np.inf, np.float32)
+        for row, seen in zip(bias, columns, strict=True):
+            row[list(seen)] = 0.0
         position = state.filled + level - 1
         return self._head.forward(
-            parents,
-            self._embed([tree.tokens[node] for node in nodes]),
+            features,
+            self._embed(tokens),
             slice(position, position + 1),
             state.kv,
-            start,
-            state.kv.new_tensor(bias),
+            state.filled + width - len(tokens),
+            torch.from_numpy(bias).to(state.kv),
         )
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:

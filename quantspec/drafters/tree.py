@@ -32,14 +32,6 @@ class Tree:
         # A log-softmax may round to just above 0; a child must never outrank its parent.
         self.log_scores += [base + min(log_prob, 0.0) for log_prob in log_probs]
 
-    def branch(self, node: int) -> list[int]:
-        """The nodes from the root's child down to ``node``."""
-        nodes = []
-        while node >= 0:
-            nodes.append(node)
-            node = self.parents[node]
-        return nodes[::-1]
-
 
 def rerank(log_scores: Sequence[float], max_nodes: int, price: Callable[[int], float]) -> list[int]:
     """Ids, ascending, of the best nodes: the k-th best is kept while its probability exceeds ``price(k)``.

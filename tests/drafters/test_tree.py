@@ -35,8 +35,6 @@ def test_expand_adds_the_parents_score_and_never_exceeds_it() -> None:
     assert tree.tokens == [7, 8, 9, 3]
     assert tree.parents == [-1, -1, 1, 1]
     assert tree.log_scores == [-0.5, -1.0, -1.25, -1.0]
-    assert tree.branch(3) == [1, 3]
-    assert tree.branch(-1) == []
 
 
 @given(trees(), st.integers(0, 8))
