@@ -80,7 +80,6 @@ def test_calls_alternate_and_slow_ones_give_way(monkeypatch: pytest.MonkeyPatch)
 @native
 @pytest.mark.usefixtures("quick")
 def test_kernels_json_and_pictures(call: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot, site = tmp_path / "v.png", tmp_path / "v.html"
     options = ("--shapes", "128x96,64x33", "--widths", "1,2,5", "--group-size", 32, "--rounds", 1, "--threads", 1)
     result = call("bench", "kernels", *options, "--json", "--plot", plot, "--html", site)
