@@ -83,6 +83,7 @@ QS_EXPORT void qs_eagle_forward(const quantspec::EagleLayer* layer, int m, const
   const EagleRows rows{m, start, width, cos, sin, bias, step};
   const EagleCache cache{kv, capacity};
   const int hidden = w.fc.rows, wide = w.qkv.rows, mixed = w.o.cols, mlp = w.down.cols;
+  const Alone alone(int64_t(m) * hidden * (2 * hidden + wide + mixed + 3 * mlp) <= WORTH_THREADS);
   float* qkv = buffer.get<float>(int64_t(m) * (wide + mixed + 2 * mlp));
   float *heads = qkv + int64_t(m) * wide, *gate_up = heads + int64_t(m) * mixed;
 

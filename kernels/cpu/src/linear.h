@@ -120,9 +120,12 @@ namespace quantspec {
 
 // y[n, N] = (accumulate ? y : 0) + x W^T + bias. `source(i, x_k)` writes row i's K inputs. Rows of y depend on their
 // own input alone, to the bit, whatever n and the number of threads. `int8`: quantized weights meet int8 activations.
+constexpr int64_t WORTH_THREADS = 1 << 21;  // multiply-adds: some 20 us of one core
+
 template <class Source>
 void matmul(const Linear& w, int n, Source&& source, float* y, int64_t ldy, bool accumulate, bool int8) {
   static thread_local Buffer buffer;
+  const Alone alone(int64_t(n) * w.rows * w.cols <= WORTH_THREADS);
   const bool integers = int8 && !w.dense();
   const int64_t row_values = integers ? int8_row_bytes(w) / 4 : float_row_values(w);
   float* inputs = buffer.get<float>(row_values * n);

@@ -223,12 +223,26 @@ inline Pool* pool() {
     return known;
 }
 
+inline thread_local bool alone = false;
+
+// While one lives, and if `wanted`, its thread runs all chunks itself: for calls of a few microseconds, which waiting for
+// a worker that the system has just put aside would make a hundred times as long.
+class Alone {
+public:
+    explicit Alone(bool wanted) : before_(alone) { alone = before_ || wanted; }
+    ~Alone() { alone = before_; }
+    Alone(const Alone&) = delete;
+
+private:
+    const bool before_;
+};
+
 // Calls body(chunk) once for each chunk in [0, chunks), on this thread and on workers, and returns when all are done.
 // Any thread may call it at any time; a call that finds the pool taken runs its chunks itself.
 template <class F>
 void parallel_for(int chunks, F&& body) {
     using Body = std::remove_reference_t<F>;
-    if (chunks > 1 && num_threads() > 1) {
+    if (chunks > 1 && !alone && num_threads() > 1) {
         const auto run = [](void* erased, int chunk) { (*static_cast<Body*>(erased))(chunk); };
         Pool* shared = pool();
         if (shared && shared->run(chunks, run, const_cast<void*>(static_cast<const void*>(&body)))) return;
