@@ -53,6 +53,7 @@ class CpuDecoder:
         linears = [linear for layer in layers for linear in layer.linears]
         self.packed_bytes = sum(linear.nbytes for linear in (*linears, head))
 
+        self._cache_sizes = (config.num_layers, 2 * config.num_kv_heads, config.head_dim)
         self._rope = RopeTable(config.rope, config.head_dim, _CPU, torch.float32)
         self._rotation = (self._rope.cos, self._rope.sin)
         self._growing = threading.Lock()
@@ -79,7 +80,7 @@ class CpuDecoder:
         """``[n, H]`` to ``[n, H]``: the head's input, and the "norm" tap."""
         assert (x.shape[1:], x.dtype) == ((self.hidden_size,), torch.float32)
         x, eps = x.contiguous(), self.config.rms_norm_eps
-        out = torch.empty(x.shape)
+        out = torch.empty_like(x)
         self._rms_norm(x.data_ptr(), self._norm.data_ptr(), x.shape[0], self.hidden_size, eps, out.data_ptr())
         return out
 
@@ -92,8 +93,8 @@ class CpuDecoder:
     ) -> Output:
         """See ``CausalModel``. ``seconds`` float64 ``[len(PARTS)]``: the time of each part is added to it."""
         n, asked = len(batch.tokens), sum(batch.num_logits)
-        logits = torch.empty(asked, self.vocab_size)
-        tapped = {tap: torch.empty(n, self.hidden_size) for tap in taps}
+        logits = torch.empty(asked, self.vocab_size, dtype=torch.float32)
+        tapped = {tap: torch.empty(n, self.hidden_size, dtype=torch.float32) for tap in taps}
         if n == 0:
             return Output(logits, tapped)
         places, longest = self._places(batch, caches)
@@ -115,21 +116,26 @@ class CpuDecoder:
     def _places(self, batch: Batch, caches: Sequence[Cache]) -> tuple[array[int], int]:
         """Where each sequence's keys and values lie (struct Cache), and the most slots that a sequence then holds."""
         places, longest, starts = array("q"), 0, batch.seq_starts
+        assert len(caches) == len(batch.cached), "one cache per sequence"
         for s, cache in enumerate(caches):
             assert isinstance(cache, KVCache)
             end = batch.cached[s] + starts[s + 1] - starts[s]
             assert batch.cached[s] == cache.length, "the batch was made for another state of the cache"
             assert end <= cache.capacity, "more rows than the cache was made for"
             longest = max(longest, end)
-            layer_stride, head_stride, slot_stride, _ = cache.kv.stride()
-            assert slot_stride == self.config.head_dim, "a cache of another model"
-            places.extend((cache.kv.data_ptr(), layer_stride, head_stride))
+            layers, heads, _, head_dim = cache.kv.shape
+            assert (layers, heads, head_dim) == self._cache_sizes, "a cache of another model"
+            places.extend((cache.kv.data_ptr(), *cache.kv.stride()[:2]))
         return places, longest
 
     def _tap_layer(self, tap: Tap) -> int:
-        layer = {"embed": -1, "norm": self.config.num_layers}.get(tap, tap) if isinstance(tap, str) else tap
-        assert isinstance(layer, int), f"no tap {tap!r}"
-        return layer
+        """A tap as struct TapTarget numbers it."""
+        named = {"embed": -1, "norm": self.config.num_layers}
+        if isinstance(tap, str):
+            assert tap in named, f"no tap {tap!r}"
+            return named[tap]
+        assert 0 <= tap < self.config.num_layers, f"no layer {tap}"
+        return tap
 
     def _rotation_of(self, positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin for positions below ``positions``. Other threads may be using shorter tables meanwhile."""

@@ -176,8 +176,9 @@ def test_batches_for_another_cache_are_caught(pair: GetPair) -> None:
     for batch in (Batch.chain([1], 3), Batch.chain(range(13)), Batch.chain([VOCAB]), Batch.chain([-1])):
         with pytest.raises(AssertionError):
             model.forward(batch, [cache])
-    with pytest.raises(AssertionError):
-        model.forward(Batch.chain([1]), [cache], ("middle",))
+    for tap in ("middle", 3, -1):
+        with pytest.raises(AssertionError):
+            model.forward(Batch.chain([1]), [cache], (tap,))
 
 
 def test_four_threads(pair: GetPair) -> None:
