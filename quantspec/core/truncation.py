@@ -88,9 +88,9 @@ def _prefix_length(top: Rows, total: Rows | None, top_p: float, min_p: float) ->
     if top_p < 1:
         before = mass[:, :-1].cumsum(axis=-1, dtype=np.float64)
         whole = mass.sum(axis=-1) if total is None else total
-        kept = 1 + np.count_nonzero(before < top_p * whole[:, None].astype(np.float64), axis=-1)
+        kept = 1 + (before < top_p * whole[:, None].astype(np.float64)).sum(axis=-1)
     if min_p:
-        kept = np.minimum(kept, np.count_nonzero(mass >= min_p, axis=-1))
+        kept = np.minimum(kept, (mass >= min_p).sum(axis=-1))
     return kept
 
 
