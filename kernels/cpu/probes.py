@@ -123,7 +123,7 @@ def tile_macs(threads: int | None = None, *, group_size: int = 128, rounds: int 
     from quantspec.numerics.scheme import Scheme
 
     generator = torch.Generator().manual_seed(0)
-    k = max(1, 512 // group_size) * group_size
+    k = max(1, 1024 // group_size) * group_size  # a panel of half the first-level cache
     codes = torch.randint(-8, 8, (32, k), generator=generator, dtype=torch.int8)
     scale = torch.full((32, k // group_size), 0.01, dtype=torch.bfloat16)
     weight = pack(QuantizedWeight(codes, scale, None, Scheme(4, group_size)))

@@ -263,6 +263,9 @@ inline Int8Kernel int8_kernel(const Linear& w, int width) {
   std::abort();
 }
 
+// Half of a first-level cache of 32 KB, and the scales of eight groups of 128: the tokens' codes take the other half.
+constexpr int64_t BLOCK_BYTES = 16384 + 1024;
+
 // Sums [count, 32] of one panel. Groups go in blocks that fit into the first-level cache; the next block is fetched
 // meanwhile.
 inline void panel_int8(const Linear& w, int panel, float* inputs, int count, float* sums) {
@@ -270,8 +273,9 @@ inline void panel_int8(const Linear& w, int panel, float* inputs, int count, flo
   const Tiles tiles(count, INT8_TILE);
   const int groups = w.groups(), group = w.group;
   const int64_t group_bytes = w.group_bytes();
-  const bool once = count <= 2 || (tiles.count == 1 && vectors(count) * Dot::rows == 32);  // each weight is read once
-  const int fitting = int(8192 / group_bytes), together = once ? groups : fitting > 1 ? fitting : 1;
+  const bool once = tiles.count == 1 && vectors(count) * Dot::rows == 32;  // each weight is read once
+  const int fitting = once ? groups : int(BLOCK_BYTES / group_bytes), blocks = (groups + fitting - 1) / fitting;
+  const int together = (groups + blocks - 1) / blocks;
   const uint8_t* start = w.panels + panel * w.panel_bytes();
   std::memset(sums, 0, sizeof(float) * 32 * count);
   for (int g = 0; g < groups; g += together, start += together * group_bytes) {
@@ -279,15 +283,13 @@ inline void panel_int8(const Linear& w, int panel, float* inputs, int count, flo
     for (int t = 0; t < tiles.count; t++) {
       const int begin = tiles.begin(t), width = tiles.size(t), span = vectors(width) * Dot::rows;
       const int64_t at = int64_t(begin) * groups + int64_t(g) * width;
-      Int8Tile tile{start, 0, now, block.codes + at * group / 4, block.scales + at, block.sums + at,
-                    reinterpret_cast<const char*>(start), 0};
+      const char* next = reinterpret_cast<const char*>(start + now * group_bytes);
+      Int8Tile tile{start, 0, now, block.codes + at * group / 4, block.scales + at, block.sums + at, next, 0};
+      if (once) tile.ahead = reinterpret_cast<const char*>(start) + 4096, tile.stride = 128;
       const Int8Kernel kernel = int8_kernel(w, width);
       for (; tile.row < 32; tile.row += span) {
-        if (once) {
-          tile.ahead += 2048, tile.stride = 128;
-        } else if (t == 0) {
-          tile.ahead = reinterpret_cast<const char*>(start) + now * group_bytes * (tile.row == 0 ? 2 : 3) / 2, tile.stride = 64;
-        }
+        // The first tile's passes over a block, two of them where the registers hold half a panel, fetch the next one.
+        if (!once && t == 0) tile.ahead = next + now * group_bytes * tile.row / 32, tile.stride = 128 * span / 32;
         kernel(w, tile, sums + begin * 32);
       }
     }
