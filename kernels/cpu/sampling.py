@@ -1,8 +1,8 @@
-"""The best entries of rows of scores, natively where the library is loaded, else by torch."""
+"""The best entries of rows of scores, natively where the library is loaded (``library.loaded``), else by torch."""
 
 from __future__ import annotations
 
-from ctypes import c_int, c_void_p
+from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -17,8 +17,14 @@ _MOST = 64
 
 
 @cache
-def _native() -> Any:
+def _best() -> Any:
     return library.bind("qs_best_rows", None, [c_void_p, c_int, c_int, c_int, c_void_p, c_void_p])
+
+
+@cache
+def _nucleus() -> Any:
+    arguments = [c_void_p, c_int, c_int, c_float, c_float, c_void_p, c_void_p, c_void_p]
+    return library.bind("qs_nucleus_rows", c_int64, arguments)
 
 
 def best_rows(rows: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -32,5 +38,18 @@ def best_rows(rows: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDA
         return best.indices.int().numpy(), best.values.numpy()
     rows = np.ascontiguousarray(rows)
     ids, scores = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
-    _native()(rows.ctypes.data, n, size, k, ids.ctypes.data, scores.ctypes.data)
+    _best()(rows.ctypes.data, n, size, k, ids.ctypes.data, scores.ctypes.data)
     return ids, scores
+
+
+def nucleus_rows(
+    rows: NDArray[np.float32], top_p: float, min_p: float
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+    """Counts ``[n]``, ids and values of what top-p and min-p leave of rows ``[n, V]``, give or take a few entries at
+    the cut. Native alone; every row must have a finite maximum."""
+    n, size = rows.shape
+    rows = np.ascontiguousarray(rows)
+    counts, ids, values = np.empty(n, np.int64), np.empty(n * size, np.int32), np.empty(n * size, np.float32)
+    places = (array.ctypes.data for array in (counts, ids, values))
+    end = _nucleus()(rows.ctypes.data, n, size, top_p, min_p, *places)
+    return counts, ids[:end], values[:end]

@@ -73,11 +73,12 @@ class View:
     def best(self, logits: Tensor, paths: Sequence[Sequence[int]], k: int, tau: float = 1.0) -> Best:
         """The k best of each row of ``scores(logits, paths, tau=tau)``, ids and log scores, at a fraction of the cost.
 
-        A row ends in -inf where fewer than k tokens can be drawn.
+        Truncation may cut a few entries sooner or later. A row ends in -inf where fewer than k tokens can be drawn.
         """
         noisy = not self.chain.greedy and self.stream is not None
         states, positions = self._rows(paths)
-        return self.chain.race(states, logits, positions, self.stream).best(k, tau if noisy else 1.0)
+        race = self.chain.race(states, logits, positions, self.stream, exact=False)
+        return race.best(k, tau if noisy else 1.0)
 
     def _rows(self, paths: Sequence[Sequence[int]]) -> tuple[list[WarpState], list[int]]:
         """Warp state and absolute position of the row after each path."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from quantspec.core.penalties import History, penalize
 from quantspec.core.race import DenseRace, Race, SparseRace
-from quantspec.core.truncation import Kept, Rows, truncate
+from quantspec.core.truncation import Kept, Rows, truncate, truncate_for_draft
 from quantspec.errors import UsageError
 from quantspec.types import SamplingParams
 
@@ -115,13 +115,20 @@ class WarpChain:
         return self.race(states, logits, positions, stream).argmax()
 
     def race(
-        self, states: Sequence[WarpState], logits: Tensor, positions: Sequence[int], stream: Stream | None
+        self,
+        states: Sequence[WarpState],
+        logits: Tensor,
+        positions: Sequence[int],
+        stream: Stream | None,
+        exact: bool = True,
     ) -> Race:
-        """``apply_rows(states, logits)``, minus ``log E`` at temperature > 0 where there is a stream."""
+        """``apply_rows(states, logits)``, minus ``log E`` at temperature > 0 where there is a stream. A race that no
+        token depends on, a drafter's, need not be ``exact`` about where top-p and min-p cut."""
         rows = self._weigh(states, _host(logits))
         if self.greedy or not self._truncates:
             return self._noisy(rows, positions, stream)
-        kept = truncate(rows, self.params.top_k, self.params.top_p, self.params.min_p)
+        cut = truncate if exact else truncate_for_draft
+        kept = cut(rows, self.params.top_k, self.params.top_p, self.params.min_p)
         if stream is not None:
             kept = Kept(kept.count, kept.ids, kept.values - stream.noise_at(positions, kept.count, kept.ids))
         return SparseRace(kept)

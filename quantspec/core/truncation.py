@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from quantspec.errors import ModelError
+from quantspec.kernels.cpu import library
+from quantspec.kernels.cpu.sampling import nucleus_rows
 
 Rows = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -70,6 +72,15 @@ def truncate(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0)
         if not todo.size:
             break
     return _at_least(rows, cut, count)
+
+
+def truncate_for_draft(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Kept:
+    """``truncate`` give or take a few entries at the cut, three times as fast: a drafter's guess need not be exact."""
+    if top_k or not library.loaded():
+        return truncate(rows, top_k, top_p, min_p)
+    check_finite(rows.max(axis=-1))
+    count, ids, values = nucleus_rows(rows, top_p, min_p)
+    return Kept(count, ids.astype(np.int64), values)
 
 
 def _largest(rows: Rows, k: int) -> Rows:

@@ -85,7 +85,7 @@ class FiniteChain(WarpChain):
     def apply_rows(self, states: Sequence[WarpState], logits: torch.Tensor) -> torch.Tensor:
         return logits.floor().log()
 
-    def race(self, states: Sequence[WarpState], logits: torch.Tensor, positions: Sequence[int], stream) -> FiniteRace:
+    def race(self, states, logits: torch.Tensor, positions: Sequence[int], stream, exact: bool = True) -> FiniteRace:
         result = []
         for row, t in zip(logits, positions, strict=True):
             tokens = [token for token in range(VOCAB) for _ in range(int(row[token]))]

@@ -12,8 +12,9 @@ import torch
 
 from quantspec.core.noise import Stream
 from quantspec.core.sampling import WarpChain, WarpState
-from quantspec.core.truncation import truncate
+from quantspec.core.truncation import truncate, truncate_for_draft
 from quantspec.errors import ModelError, UsageError
+from quantspec.kernels.cpu import library
 from quantspec.types import SamplingParams
 
 V = 300
@@ -102,6 +103,25 @@ def test_truncation_is_stable_by_id_and_finds_long_prefixes() -> None:
             kept = truncate(logits, top_k, top_p, min_p)
             for row, ids in zip(logits, np.split(kept.ids, kept.count.cumsum()[:-1]), strict=True):
                 assert ids.tolist() == brute_truncate(row, top_k, top_p, min_p)
+
+
+def test_truncation_for_drafts_differs_at_the_cut_alone() -> None:
+    if library.usable() is not None:
+        pytest.skip("no native library here")
+    pick = np.random.default_rng(1)
+    for size, scale in itertools.product((1, 7, 130, 4099), (0.5, 3.0)):
+        logits = (scale * pick.standard_normal((5, size))).astype(np.float32)
+        for top_p, min_p in ((0.5, 0), (0.95, 0), (1.0, 0.05), (0.9, 0.02), (1.0, 1e-12)):
+            exact, rough = (cut(logits, 0, top_p, min_p) for cut in (truncate, truncate_for_draft))
+            ends = zip(exact.count.cumsum(), rough.count.cumsum(), strict=True)
+            for row, (a, b), m, n in zip(logits, ends, exact.count, rough.count, strict=True):
+                kept = rough.ids[b - n : b]
+                assert np.array_equal(row[kept], rough.values[b - n : b])
+                missed = np.setdiff1d(exact.ids[a - m : a], kept)
+                more = np.setdiff1d(kept, exact.ids[a - m : a])
+                # The cut is found to 0.005 in the logarithm; sums in fp32 move it by less.
+                edge = row[exact.ids[a - m : a]].min()
+                assert np.abs(row[np.append(missed, more)] - edge).max(initial=0) < 0.01
 
 
 PARAMETERS = [

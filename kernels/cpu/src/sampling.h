@@ -1,8 +1,8 @@
 // The best entries of a row of logits and their log-probabilities, in two passes over the row.
 #pragma once
 
+#include "linear.h"
 #include "ops.h"
-#include "pool.h"
 
 namespace quantspec {
 
@@ -50,9 +50,61 @@ inline float log_sum_exp(const float* x, int size, float peak) {
   return peak + std::log(sum);
 }
 
+// The sum of those of masses[size], a multiple of LANES of them, that are at least `cut`.
+inline float mass_from(const float* masses, int size, float cut) {
+  float sums[LANES] = {};
+  for (int i = 0; i < size; i += LANES) {
+    for (int j = 0; j < LANES; j++) sums[j] += masses[i + j] >= cut ? masses[i + j] : 0.0f;
+  }
+  float sum = 0.0f;
+  for (int j = 0; j < LANES; j++) sum += sums[j];
+  return sum;
+}
+
+// The largest entries of x[size] that hold `share` of the mass of e^x, give or take a few at the cut, and of these the
+// ones with at least `least` times the largest mass; in ascending order, with their ids. Returns how many.
+inline int nucleus(const float* x, int size, float share, float least, int32_t* ids, float* values) {
+  static thread_local Buffer buffer;
+  const int padded = (size + LANES - 1) / LANES * LANES;
+  float* masses = buffer.get<float>(padded);
+  float peak = x[0];
+  for (int i = 1; i < size; i++) peak = x[i] > peak ? x[i] : peak;
+  for (int i = 0; i < size; i += LANES) store_some(masses + i, exp(sub(load_some(x + i, size - i), set1(peak))), size - i);
+  for (int i = size; i < padded; i++) masses[i] = 0.0f;
+  float low = 0.0f;
+  if (share < 1.0f) {
+    const float target = share * mass_from(masses, padded, 0.0f);
+    float log_cut = -20.0f;  // whatever lies below that is as good as nothing
+    for (float step = 10.0f; step > 0.004f; step *= 0.5f) {
+      if (mass_from(masses, padded, std::exp(log_cut + step)) >= target) log_cut += step;
+    }
+    low = std::exp(log_cut);
+  }
+  const float cut = low > least ? low : least;
+  int count = 0;
+  for (int i = 0; i < size; i++) {
+    if (!(masses[i] >= cut)) continue;
+    ids[count] = i;
+    values[count++] = x[i];
+  }
+  return count;
+}
+
 }  // namespace quantspec
 
 extern "C" {
+
+// `nucleus` of each row of x [n, size], row after row: counts [n]; ids and values have room for n * size. Returns the
+// number of all.
+QS_EXPORT int64_t qs_nucleus_rows(const float* x, int n, int size, float share, float least, int64_t* counts,
+                                  int32_t* ids, float* values) {
+  int64_t all = 0;
+  for (int i = 0; i < n; i++) {
+    counts[i] = quantspec::nucleus(x + int64_t(i) * size, size, share, least, ids + all, values + all);
+    all += counts[i];
+  }
+  return all;
+}
 
 // Per row of x [n, size] the k best entries: ids [n, k] and log_softmax values [n, k]. 1 <= k <= size.
 QS_EXPORT void qs_best_rows(const float* x, int n, int size, int k, int32_t* ids, float* scores) {
