@@ -52,7 +52,8 @@ class Arena:
 def _huge_pages(count: int) -> Tensor:
     size = math.ceil(count / _HUGE) * _HUGE
     try:
-        memory = mmap.mmap(-1, size + _HUGE)
+        # Private: Python's default is a shared mapping, which Linux gives large pages only where it was set up to.
+        memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:  # as torch would say it
         raise MemoryError(f"no room for {size} bytes of packed weights") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):

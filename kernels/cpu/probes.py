@@ -92,7 +92,7 @@ def read_bandwidth(threads: int | None = None, *, nbytes: int | None = None, rou
 def _buffer(nbytes: int, page_bytes: int) -> Iterator[int]:
     """Address of ``nbytes`` that lie in pages of that size, written once: untouched memory is not there yet."""
     huge = PAGE_BYTES[-1]
-    memory = mmap.mmap(-1, nbytes + huge)
+    memory = mmap.mmap(-1, nbytes + huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones get small pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE if page_bytes == huge else mmap.MADV_NOHUGEPAGE)
     view = ctypes.c_char.from_buffer(memory)

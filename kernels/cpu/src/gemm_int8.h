@@ -13,7 +13,7 @@ namespace quantspec {
 #if defined(__AVX512BW__)
 constexpr int INT8_TILE = 8;
 #else
-constexpr int INT8_TILE = 5;
+constexpr int INT8_TILE = 6;
 #endif
 
 inline int64_t int8_row_bytes(const Linear& w) { return int64_t(w.groups()) * (w.group + 8); }
@@ -254,8 +254,8 @@ inline Int8Kernel int8_kernel(const Linear& w, int width) {
     case 3: return int8_kernel<3>(w);
     case 4: return int8_kernel<4>(w);
     case 5: return int8_kernel<5>(w);
-#if defined(__AVX512BW__)
     case 6: return int8_kernel<6>(w);
+#if defined(__AVX512BW__)
     case 7: return int8_kernel<7>(w);
     case 8: return int8_kernel<8>(w);
 #endif

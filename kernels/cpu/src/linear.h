@@ -118,10 +118,10 @@ inline void finish_panel(const Linear& w, int panel, int n, const float* sums, f
 
 namespace quantspec {
 
-// y[n, N] = (accumulate ? y : 0) + x W^T + bias. `source(i, x_k)` writes row i's K inputs. Rows of y depend on their
-// own input alone, to the bit, whatever n and the number of threads. `int8`: quantized weights meet int8 activations.
 constexpr int64_t WORTH_THREADS = 1 << 21;  // multiply-adds: some 20 us of one core
 
+// y[n, N] = (accumulate ? y : 0) + x W^T + bias. `source(i, x_k)` writes row i's K inputs. Rows of y depend on their
+// own input alone, to the bit, whatever n and the number of threads. `int8`: quantized weights meet int8 activations.
 template <class Source>
 void matmul(const Linear& w, int n, Source&& source, float* y, int64_t ldy, bool accumulate, bool int8) {
   static thread_local Buffer buffer;
