@@ -197,7 +197,8 @@ struct Int8Tile {  // some groups of one panel, output rows from `row` on, again
 };
 
 template <int T, bool EIGHT, bool ASYMMETRIC>
-void int8_tile(const Linear& w, Int8Tile tile, float* out) {
+void int8_tile(const Linear& w, const Int8Tile& first, float* out) {
+  Int8Tile tile = first;  // by reference: passed by value it goes through memory, and stalls each call
   using V = Dot::V;
   constexpr int R = vectors(T), PARTS = Dot::rows / LANES;
   // Copies, since the compiler must assume that a store of floats could change the fields behind a reference.
@@ -239,7 +240,7 @@ void int8_tile(const Linear& w, Int8Tile tile, float* out) {
   }
 }
 
-using Int8Kernel = void (*)(const Linear&, Int8Tile, float*);
+using Int8Kernel = void (*)(const Linear&, const Int8Tile&, float*);
 
 template <int T>
 inline Int8Kernel int8_kernel(const Linear& w) {
@@ -263,7 +264,8 @@ inline Int8Kernel int8_kernel(const Linear& w, int width) {
   std::abort();
 }
 
-// Half of a first-level cache of 32 KB, and the scales of eight groups of 128: the tokens' codes take the other half.
+// Eight groups of 128, with their scales, which take half of a first-level cache of 32 KB; the tokens' codes need the
+// other half. A single tile takes four, so that the next block, which soon follows, has room too.
 constexpr int64_t BLOCK_BYTES = 16384 + 1024;
 
 // Sums [count, 32] of one panel. Groups go in blocks that fit into the first-level cache; the next block is fetched
@@ -274,7 +276,8 @@ inline void panel_int8(const Linear& w, int panel, float* inputs, int count, flo
   const int groups = w.groups(), group = w.group;
   const int64_t group_bytes = w.group_bytes();
   const bool once = tiles.count == 1 && vectors(count) * Dot::rows == 32;  // each weight is read once
-  const int fitting = once ? groups : int(BLOCK_BYTES / group_bytes), blocks = (groups + fitting - 1) / fitting;
+  const int64_t block_bytes = tiles.count == 1 ? BLOCK_BYTES / 2 : BLOCK_BYTES;
+  const int fitting = once ? groups : int(block_bytes / group_bytes), blocks = (groups + fitting - 1) / fitting;
   const int together = (groups + blocks - 1) / blocks;
   const uint8_t* start = w.panels + panel * w.panel_bytes();
   std::memset(sums, 0, sizeof(float) * 32 * count);
