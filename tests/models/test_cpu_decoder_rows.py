@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +141,17 @@ def test_batches(model: CpuDecoder, text: list[int], threads: int) -> None:
     assert torch.equal(together, torch.cat(alone))
     last = model.forward(Batch.of(rows, lengths, num_logits=[1, 0, 1, 1]), caches).logits
     assert torch.equal(last, torch.cat([alone[i][-1:] for i in (0, 2, 3)]))
+
+
+def test_rows_outside_the_window_of_a_fault(tmp_path: Path) -> None:
+    """A value that is not finite shows in the rows that attend it, not in the others of the same block of rows."""
+    folder = make_pair(tmp_path / "one", "mistral", num_hidden_layers=1, sliding_window=9).folder
+    model = load_cpu_decoder(folder, ModelConfig.load(folder), "fp32")
+    cache, tokens = prefilled(model, list(range(6))), list(range(10, 26))
+    cache.values[:, :, 2] = float("nan")
+    alone = decode(model, tokens, cache).logits
+    assert alone[:5].isnan().all()  # positions 6 to 10 attend slot 2
+    assert alone[5:].isfinite().all()
+    cache.truncate(6)
+    together = model.forward(Batch.chain(tokens, 6), [cache]).logits
+    assert torch.equal(together[5:], alone[5:])

@@ -34,6 +34,12 @@ struct Keys {  // of one sequence, layer and key-value head: slots of head_dim v
   const float *keys, *values;
 };
 
+struct Slots {  // of keys or values, one after the other
+  const float* first;
+  int d;
+  const float* operator()(int i) const { return first + int64_t(i) * d; }
+};
+
 // Dot products of Q queries [Q, padded] with four keys.
 template <int Q>
 inline void dot_four(const float* queries, int padded, const float* const (&keys)[4], int d, float* scores,
@@ -118,12 +124,14 @@ class BlockAttention {
   BlockAttention(const Shape& shape, const RowTable& table, const RowBlock& block, int window)
       : table_(table), block_(block), window_(window), d_(shape.head_dim), padded_(shape.padded()),
         group_(shape.group()) {
-    low_ = begin_of(0), high_ = end_of(0);
+    low_ = all_ = begin_of(0), high_ = end_of(0);
     for (int i = 1; i < block.count; i++) {
       low_ = begin_of(i) < low_ ? begin_of(i) : low_;
+      all_ = begin_of(i) > all_ ? begin_of(i) : all_;
       high_ = end_of(i) > high_ ? end_of(i) : high_;
     }
     common_ = block.shared > low_ ? block.shared - low_ : 0;
+    all_ = low_ + common_ < all_ ? low_ + common_ : all_;
     lds_ = (high_ - low_ + 3 + LANES) / LANES * LANES;  // room for what `score` writes past the last
   }
 
@@ -139,12 +147,10 @@ class BlockAttention {
     for (int i = 0; i < n; i++) {
       std::memcpy(queries_ + i * padded_, queries + i / group_ * ldq + i % group_ * d_, sizeof(float) * d_);
     }
-    const auto common = [this](const float* slots) {
-      return [slots, low = low_, d = d_](int p) { return slots + int64_t(low + p) * d; };
-    };
-    score(queries_, n, padded_, d_, common(kv.keys), common_, scores_, lds_);
+    score(queries_, n, padded_, d_, slots_from(low_, kv.keys), common_, scores_, lds_);
     for (int i = 0; i < block_.count; i++) finish_scores(i, kv.keys);
-    weigh(scores_, lds_, n, common(kv.values), common_, d_, sums_, padded_);
+    for (int i = 0; i < block_.count; i++) start_sums(i, kv.values);
+    weigh(scores_ + (all_ - low_), lds_, n, slots_from(all_, kv.values), low_ + common_ - all_, d_, sums_, padded_);
     for (int i = 0; i < block_.count; i++) finish_sums(i, kv.values, out + i * ldo);
   }
 
@@ -153,6 +159,8 @@ class BlockAttention {
   int begin_of(int i) const { return window_ == 0 || end_of(i) < window_ ? 0 : end_of(i) - window_; }
   int end_of(int i) const { return table_.position[block_.first + i] + 1; }
   int tail_of(int i) const { return low_ + common_ > begin_of(i) ? low_ + common_ : begin_of(i); }
+
+  Slots slots_from(int first, const float* slots) const { return {slots + int64_t(first) * d_, d_}; }
 
   // The row's own slots, by way of its ancestors; their scores; and all of the row's weights.
   void finish_scores(int i, const float* keys) {
@@ -164,11 +172,17 @@ class BlockAttention {
     const auto key = [=](int p) { return keys + int64_t(path[p]) * d_; };
     float* scores = scores_ + i * group_ * lds_;
     score(queries_ + i * group_ * padded_, group_, padded_, d_, key, own, scores + (tail - low_), lds_);
-    const int before = begin - low_ < common_ ? begin - low_ : common_;  // attended by other rows of the block alone
-    for (int h = 0; h < group_; h++, scores += lds_) {
-      inverses_[i * group_ + h] = softmax(scores + (begin - low_), end_of(i) - begin);
-      std::memset(scores, 0, sizeof(float) * before);
+    for (int h = 0; h < group_; h++) {
+      inverses_[i * group_ + h] = softmax(scores + h * lds_ + (begin - low_), end_of(i) - begin);
     }
+  }
+
+  // Slots before those that all rows attend. Weights of zero for the other rows would not do: zero times a value that
+  // is not finite is not a number.
+  void start_sums(int i, const float* values) {
+    const int begin = begin_of(i);
+    const float* weights = scores_ + i * group_ * lds_ + (begin - low_);
+    weigh(weights, lds_, group_, slots_from(begin, values), all_ - begin, d_, sums_ + i * group_ * padded_, padded_);
   }
 
   void finish_sums(int i, const float* values, float* out) {
@@ -190,6 +204,7 @@ class BlockAttention {
   const RowBlock& block_;
   const int window_, d_, padded_, group_;
   int low_, high_, common_;  // positions low_ .. low_ + common_ - 1 are the same slots for all rows
+  int all_;                  // and those of them from here on are attended by all
   int64_t lds_;
   float *queries_, *sums_, *inverses_, *scores_;  // [n, padded] twice, [n], [n, lds]
   int32_t* paths_;                                // [rows, high - low]: own slots of each row
