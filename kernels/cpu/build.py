@@ -32,7 +32,7 @@ LOCK, WORK = "lock", ".build-"
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread"),
     "-ffp-contract=off",  # a fused multiply-add is written out, or every compiler would round in its own way
-    *("-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"),
+    *("-fno-rtti", "-fvisibility=hidden"),
 )
 _AVX2 = ("-mtune=native", "-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")

@@ -8,7 +8,7 @@ from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from quantspec.kernels.cpu.library import bind
+from quantspec.kernels.cpu.library import bind, no_memory
 from quantspec.kernels.cpu.packed import Arena, LinearStruct, pack
 
 _PARTS = ("fc", "qkv", "o", "gate_up", "down")
@@ -41,7 +41,7 @@ class EagleKernel:
         self._address = ctypes.addressof(self._struct)
         pointer, size = c_void_p, c_int64
         arguments = [pointer, c_int, *[pointer] * 4, size, pointer, size, c_int, pointer, c_int, pointer]
-        self._forward = bind("qs_eagle_forward", None, arguments)
+        self._forward = bind("qs_eagle_forward", no_memory, arguments)
 
     def __call__(
         self, features: Tensor, embeddings: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, start: int, bias: Tensor

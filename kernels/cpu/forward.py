@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantspec.kernels.cpu.library import bind
+from quantspec.kernels.cpu.library import bind, no_memory
 from quantspec.kernels.cpu.packed import LinearStruct, PackedLinear
 
 
@@ -82,7 +82,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def bind_forward() -> Any:
-    return bind("qs_forward", None, [c_void_p, c_void_p])
+    return bind("qs_forward", no_memory, [c_void_p, c_void_p])
 
 
 def bind_rms_norm() -> Any:

@@ -11,7 +11,9 @@ from typing import Any
 from quantspec.errors import Unavailable
 from quantspec.kernels.cpu.build import build
 
-__all__ = ["Unavailable", "announce", "bind", "load", "loaded", "notice", "open_library", "set_threads", "usable"]
+__all__ = [
+    "Unavailable", "announce", "bind", "load", "loaded", "no_memory", "notice", "open_library", "set_threads", "usable",
+]  # fmt: skip
 
 _lock = threading.Lock()
 _outcome: ctypes.CDLL | Unavailable | None = None
@@ -80,3 +82,9 @@ def bind(name: str, restype: Any, argtypes: Sequence[Any], library: ctypes.CDLL 
     function = getattr(library or load(), name)
     function.restype, function.argtypes = restype, list(argtypes)
     return function
+
+
+def no_memory(status: int) -> None:
+    """The ``restype`` of functions that work in memory of their own: raises ``MemoryError`` if there was none."""
+    if status:
+        raise MemoryError("no memory for the CPU kernels to work in")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantspec.errors import ModelError, UsageError
-from quantspec.kernels.cpu.library import bind
+from quantspec.kernels.cpu.library import bind, no_memory
 from quantspec.numerics.affine import QuantizedWeight
 from quantspec.numerics.scheme import CHANNEL, Scheme
 
@@ -118,7 +118,10 @@ def pack(
     K need not be a multiple of the group, nor N one of the panel. Raises ``ModelError`` for scales that are not finite,
     ``UsageError`` for shapes, types or schemes that the kernels do not have.
     """
+    weight_shape = weight.shape if isinstance(weight, Tensor) else weight.codes.shape
     if bias is not None:
+        if bias.shape != weight_shape[:1] or bias.device.type != "cpu":
+            raise UsageError(f"a bias {list(bias.shape)} on {bias.device} does not fit a weight {list(weight_shape)}")
         bias = bias.float().contiguous()
     if isinstance(weight, Tensor):
         return _pack_dense(weight, bias, arena or Arena(0))
@@ -179,7 +182,7 @@ def _allocate(struct: LinearStruct, bias: Tensor | None, arena: Arena, count: in
 @cache
 def _matmul() -> ctypes._NamedFuncPointer:
     arguments = [c_void_p, c_void_p, c_int64, c_int, c_void_p, c_int64, c_int, c_int]
-    return bind("qs_matmul", None, arguments)
+    return bind("qs_matmul", no_memory, arguments)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_float, c_int, c_void_p
 from functools import cache
 from typing import Any
 
@@ -24,7 +24,7 @@ def _best() -> Any:
 @cache
 def _nucleus() -> Any:
     arguments = [c_void_p, c_int, c_int, c_float, c_float, c_void_p, c_void_p, c_void_p]
-    return library.bind("qs_nucleus_rows", c_int64, arguments)
+    return library.bind("qs_nucleus_rows", library.no_memory, arguments)
 
 
 def best_rows(rows: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -51,5 +51,6 @@ def nucleus_rows(
     rows = np.ascontiguousarray(rows)
     counts, ids, values = np.empty(n, np.int64), np.empty(n * size, np.int32), np.empty(n * size, np.float32)
     places = (array.ctypes.data for array in (counts, ids, values))
-    end = _nucleus()(rows.ctypes.data, n, size, top_p, min_p, *places)
+    _nucleus()(rows.ctypes.data, n, size, top_p, min_p, *places)
+    end = counts.sum()
     return counts, ids[:end], values[:end]

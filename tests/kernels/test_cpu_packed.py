@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from ctypes import c_int, c_int64, c_void_p
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,6 +228,40 @@ def test_weights_that_do_not_fit_are_refused() -> None:
     whole = random_weight(33, 256, Scheme())
     refused(QuantizedWeight(whole.codes, whole.scale[:, :1], None, whole.scheme), r"scales \[33, 1\]")
     refused(QuantizedWeight(whole.codes.int(), whole.scale, None, whole.scheme), "int32")
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(32), torch.zeros(33, 1), torch.zeros(33, device="meta")])
+def test_a_bias_that_does_not_fit_is_refused(bias: torch.Tensor) -> None:
+    for weight in (torch.zeros(33, 128), random_weight(33, 128, Scheme())):
+        with pytest.raises(UsageError, match=r"bias .* does not fit a weight \[33, 128\]"):
+            pack(weight, bias)
+
+
+def test_more_rows_than_are_taken_at_a_time() -> None:
+    packed, x = pack(random_weight(33, 128, Scheme())), rows(600, 128)
+    assert torch.equal(packed(x), torch.cat([packed(x[i : i + 50]) for i in range(0, 600, 50)]))
+
+
+LITTLE_MEMORY = """
+import resource, torch
+from quantspec.kernels.cpu.packed import pack
+packed, x = pack(torch.ones(1, 1 << 20, dtype=torch.bfloat16)), torch.ones(1 << 20)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), limits[1]))
+try:
+    packed(x.expand(200, -1))  # whose inputs take 800 MB in the kernel's order
+except MemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, limits)
+print(packed(x.expand(2, -1)).tolist())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_too_little_memory_is_an_error_and_no_more() -> None:
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, check=True)
+    assert done.stdout == "no memory for the CPU kernels to work in\n[[1048576.0], [1048576.0]]\n"
 
 
 def test_a_packed_weight_outlives_its_source() -> None:

@@ -102,6 +102,16 @@ def test_few_chunks_after_the_workers_fell_asleep(pool: ctypes.CDLL) -> None:
         assert (run(pool, 2, spins=200)[0] == 1).all()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_chunk_without_memory(pool: ctypes.CDLL, threads: int) -> None:
+    """Whichever thread runs it, the call says so, and the pool is as good as before."""
+    pool.qs_set_threads(threads)
+    for failing in range(64):
+        assert pool.qs_failure_test(64, failing) == 1
+        assert pool.qs_failure_test(64, 64) == 0
+        assert (run(pool, 8)[0] == 1).all()
+
+
 def test_nested_calls_run(pool: ctypes.CDLL) -> None:
     pool.qs_set_threads(3)
     for _ in range(50):

@@ -69,20 +69,11 @@ inline void attend_rows(const EagleLayer& w, const EagleRows& rows, const EagleC
   }
 }
 
-}  // namespace quantspec
-
-extern "C" {
-
-// features [m, H] and embeddings [m, H] to out [m, H]; kv [2, kv_heads, capacity, head_dim] gets slots start on.
-QS_EXPORT void qs_eagle_forward(const quantspec::EagleLayer* layer, int m, const float* features,
-                                const float* embeddings, const float* cos, const float* sin, int64_t step, float* kv,
-                                int64_t capacity, int start, const float* bias, int width, float* out) {
-  using namespace quantspec;
+// features [m, H] and embeddings [m, H] to out [m, H].
+inline void eagle_forward(const EagleLayer& w, const EagleRows& rows, const EagleCache& cache, const float* features,
+                          const float* embeddings, float* out) {
   static thread_local Buffer buffer;
-  const EagleLayer& w = *layer;
-  const EagleRows rows{m, start, width, cos, sin, bias, step};
-  const EagleCache cache{kv, capacity};
-  const int hidden = w.fc.rows, wide = w.qkv.rows, mixed = w.o.cols, mlp = w.down.cols;
+  const int m = rows.m, hidden = w.fc.rows, wide = w.qkv.rows, mixed = w.o.cols, mlp = w.down.cols;
   const Alone alone(int64_t(m) * hidden * (2 * hidden + wide + mixed + 3 * mlp) <= WORTH_THREADS);
   float* qkv = buffer.get<float>(int64_t(m) * (wide + mixed + 2 * mlp));
   float *heads = qkv + int64_t(m) * wide, *gate_up = heads + int64_t(m) * mixed;
@@ -107,6 +98,19 @@ QS_EXPORT void qs_eagle_forward(const quantspec::EagleLayer* layer, int m, const
   matmul(w.gate_up, m, normed, gate_up, 2 * mlp, false, false);
   const auto active = [&](int i, float* row) { swiglu(gate_up + int64_t(i) * 2 * mlp, mlp, row); };
   matmul(w.down, m, active, out, hidden, true, false);
+}
+
+}  // namespace quantspec
+
+extern "C" {
+
+// `eagle_forward`; kv [2, kv_heads, capacity, head_dim] gets slots start on. Returns a `status_of`.
+QS_EXPORT int qs_eagle_forward(const quantspec::EagleLayer* layer, int m, const float* features,
+                               const float* embeddings, const float* cos, const float* sin, int64_t step, float* kv,
+                               int64_t capacity, int start, const float* bias, int width, float* out) {
+  return quantspec::status_of([&] {
+    quantspec::eagle_forward(*layer, {m, start, width, cos, sin, bias, step}, {kv, capacity}, features, embeddings, out);
+  });
 }
 
 }  // extern "C"

@@ -242,12 +242,15 @@ class Forward {
 
 extern "C" {
 
-QS_EXPORT void qs_forward(const quantspec::Model* model, const quantspec::Rows* rows) {
+// Returns a `status_of`.
+QS_EXPORT int qs_forward(const quantspec::Model* model, const quantspec::Rows* rows) {
   using namespace quantspec;
   static thread_local Buffer floats, ints, blocks;
-  Forward(*model, *rows, floats.get<float>(Forward::floats(*model, rows->n)), ints.get<int32_t>(4 * int64_t(rows->n)),
-          blocks.get<RowBlock>(FORWARD_ROWS))
-      .run();
+  return status_of([&] {
+    Forward(*model, *rows, floats.get<float>(Forward::floats(*model, rows->n)), ints.get<int32_t>(4 * int64_t(rows->n)),
+            blocks.get<RowBlock>(FORWARD_ROWS))
+        .run();
+  });
 }
 
 }  // extern "C"

@@ -46,18 +46,20 @@ inline vf load_as(int type, const void* values, int index) {  // eight values fr
   return type == F16 ? load_f16(half) : load_bf16(half);
 }
 
-// Memory that grows and is kept: allocation once per thread and size, not per call. Aligned to a cache line.
+// Memory that is kept from call to call and grows by half at least, or an ever longer context would move it every few
+// tokens. Aligned to a cache line. Throws std::bad_alloc.
 class Buffer {
  public:
   ~Buffer() { std::free(memory_); }
   template <class T>
   T* get(int64_t count) {
-    const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    const size_t bytes = size_t(count) * sizeof(T);
     if (bytes > size_) {
+      const size_t size = (std::max(bytes, size_ + size_ / 2) + 63) / 64 * 64;
       std::free(memory_);
-      memory_ = std::aligned_alloc(64, bytes);
-      if (memory_ == nullptr) std::abort();
-      size_ = bytes;
+      memory_ = std::aligned_alloc(64, size);
+      size_ = memory_ ? size : 0;
+      if (memory_ == nullptr) throw std::bad_alloc();
     }
     return static_cast<T*>(memory_);
   }

@@ -5,6 +5,8 @@
 
 namespace quantspec {
 
+constexpr int MATMUL_ROWS = 256;  // that a single product takes at a time, which bounds memory
+
 inline uint8_t* group_at(const Linear& w, int row, int g) {
   return const_cast<uint8_t*>(w.panels) + row / 32 * w.panel_bytes() + g * w.group_bytes();
 }
@@ -111,10 +113,17 @@ QS_EXPORT void qs_pack_dense(const quantspec::Linear* w, const uint8_t* values) 
   });
 }
 
-// y[n, N] = (accumulate ? y : 0) + x[n, K] W^T + bias.
-QS_EXPORT void qs_matmul(const quantspec::Linear* w, const float* x, int64_t ldx, int n, float* y, int64_t ldy, int accumulate, int int8) {
-  const auto source = [&](int i, float* row) { std::memcpy(row, x + i * ldx, sizeof(float) * w->cols); };
-  quantspec::matmul(*w, n, source, y, ldy, accumulate != 0, int8 != 0);
+// y[n, N] = (accumulate ? y : 0) + x[n, K] W^T + bias. Returns a `status_of`.
+QS_EXPORT int qs_matmul(const quantspec::Linear* w, const float* x, int64_t ldx, int n, float* y, int64_t ldy, int accumulate, int int8) {
+  return quantspec::status_of([&] {
+    for (int first = 0; first < n; first += quantspec::MATMUL_ROWS) {
+      const auto source = [&](int i, float* row) {
+        std::memcpy(row, x + (first + i) * ldx, sizeof(float) * w->cols);
+      };
+      const int count = std::min(n - first, quantspec::MATMUL_ROWS);
+      quantspec::matmul(*w, count, source, y + first * ldy, ldy, accumulate != 0, int8 != 0);
+    }
+  });
 }
 
 QS_EXPORT void qs_embed(const quantspec::Linear* w, const int32_t* ids, int n, float* out, int64_t ldo) {

@@ -73,20 +73,23 @@ public:
     int threads() const { return threads_; }
 
     // Runs all chunks and returns true; or returns false, having run none, where the pool serves another job (of
-    // another Python thread, or the one that this call is nested in) or is retired.
+    // another Python thread, or the one that this call is nested in) or is retired. Throws if a chunk did.
     bool run(int chunks, Run run, void* body) {
         if (busy_.exchange(true, std::memory_order_acquire)) return false;
         start_workers();
         run_ = run, body_ = body, chunks_ = chunks, mode_ = float_mode();
         pending_.store(chunks, std::memory_order_relaxed);
         const bool published = pass(0, chunks);
+        bool failed = false;
         if (published) {
             if (sleepers_.load() > 0) wake(chunks - 1);
             while (claim()) {}
             while (!spin([&] { return pending_.load(std::memory_order_acquire) == 0; })) sched_yield();
             if (retired_.load()) dismiss();
+            failed = failed_.exchange(false);
         }
         busy_.store(false, std::memory_order_release);
+        if (failed) throw std::bad_alloc();
         return published;
     }
 
@@ -113,7 +116,11 @@ private:
             if (left <= 0) return false;
         } while (!left_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel, std::memory_order_relaxed));
         set_float_mode(mode_);
-        run_(body_, chunks_ - left);
+        try {
+            run_(body_, chunks_ - left);
+        } catch (const std::bad_alloc&) {  // no other exception is thrown here
+            failed_.store(true);
+        }
         pending_.fetch_sub(1, std::memory_order_release);
         return true;
     }
@@ -178,6 +185,7 @@ private:
     alignas(64) std::atomic<int32_t> sleepers_{0};
     std::atomic<bool> busy_{false};
     std::atomic<bool> retired_{false};
+    std::atomic<bool> failed_{false};
     bool started_ = false;
     const int threads_;
 };
@@ -238,7 +246,8 @@ private:
 };
 
 // Calls body(chunk) once for each chunk in [0, chunks), on this thread and on workers, and returns when all are done.
-// Any thread may call it at any time; a call that finds the pool taken runs its chunks itself.
+// Any thread may call it at any time; a call that finds the pool taken runs its chunks itself. Where a chunk found no
+// memory (std::bad_alloc), so does this.
 template <class F>
 void parallel_for(int chunks, F&& body) {
     using Body = std::remove_reference_t<F>;
@@ -248,6 +257,17 @@ void parallel_for(int chunks, F&& body) {
         if (shared && shared->run(chunks, run, const_cast<void*>(static_cast<const void*>(&body)))) return;
     }
     for (int chunk = 0; chunk < chunks; ++chunk) body(chunk);
+}
+
+// What a call from Python returns: 0, or 1 where there was no memory. No exception may pass.
+template <class F>
+int status_of(F&& body) {
+    try {
+        body();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
 }
 
 }  // namespace quantspec
@@ -264,6 +284,15 @@ QS_EXPORT void qs_pool_test(int chunks, int inner, int spins, int32_t* counts, i
         quantspec::parallel_for(inner, [=](int i) {
             for (int k = 0; k < spins; ++k) quantspec::relax();
             counts[static_cast<int64_t>(chunk) * inner + i] += 1;
+        });
+    });
+}
+
+// For tests: the status of a parallel_for one of whose chunks finds no memory.
+QS_EXPORT int qs_failure_test(int chunks, int failing) {
+    return quantspec::status_of([=] {
+        quantspec::parallel_for(chunks, [=](int chunk) {
+            if (chunk == failing) throw std::bad_alloc();
         });
     });
 }

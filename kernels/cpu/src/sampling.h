@@ -9,7 +9,7 @@ namespace quantspec {
 constexpr int SCAN = 8 * LANES;               // entries whose maximum says whether any of them can be among the best
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // entries; about 20 us of work
 
-// The k largest of x[size], descending, ties by ascending index. NaN is never among them.
+// The k largest of x[size], descending, ties by ascending index; any k where one of x is not a number.
 inline void best_entries(const float* x, int size, int k, int32_t* ids, float* values) {
   int found = 0;
   const auto offer = [&](int i) {
@@ -94,16 +94,17 @@ inline int nucleus(const float* x, int size, float share, float least, int32_t* 
 
 extern "C" {
 
-// `nucleus` of each row of x [n, size], row after row: counts [n]; ids and values have room for n * size. Returns the
-// number of all.
-QS_EXPORT int64_t qs_nucleus_rows(const float* x, int n, int size, float share, float least, int64_t* counts,
-                                  int32_t* ids, float* values) {
-  int64_t all = 0;
-  for (int i = 0; i < n; i++) {
-    counts[i] = quantspec::nucleus(x + int64_t(i) * size, size, share, least, ids + all, values + all);
-    all += counts[i];
-  }
-  return all;
+// `nucleus` of each row of x [n, size], row after row: counts [n]; ids and values have room for n * size. Returns a
+// `status_of`.
+QS_EXPORT int qs_nucleus_rows(const float* x, int n, int size, float share, float least, int64_t* counts, int32_t* ids,
+                              float* values) {
+  return quantspec::status_of([&] {
+    int64_t all = 0;
+    for (int i = 0; i < n; i++) {
+      counts[i] = quantspec::nucleus(x + int64_t(i) * size, size, share, least, ids + all, values + all);
+      all += counts[i];
+    }
+  });
 }
 
 // Per row of x [n, size] the k best entries: ids [n, k] and log_softmax values [n, k]. 1 <= k <= size.
