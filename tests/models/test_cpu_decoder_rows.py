@@ -11,7 +11,6 @@ import torch
 
 from quantspec.kernels.cpu import library
 from quantspec.models.base import Output
-from quantspec.models.cache import KVCache
 from quantspec.models.config import ModelConfig
 from quantspec.models.cpu_decoder import CpuDecoder
 from quantspec.models.load_cpu import load_cpu_decoder
@@ -19,6 +18,7 @@ from quantspec.numerics.scheme import Scheme
 from quantspec.types import Batch
 
 from .conftest import VOCAB, Pair, make_pair
+from .decoding import decode, prefilled, random_tree
 from .test_cpu_decoder import packed_copy
 
 GetPair = Callable[[str], Pair]
@@ -62,31 +62,9 @@ def text() -> list[int]:
     return random.Random(0).choices(range(VOCAB), k=LENGTH)
 
 
-def decode(model: CpuDecoder, tokens: list[int], cache: KVCache) -> Output:
-    """Plain decoding, one token at a time: logits and the "norm" tap of every row."""
-    rows = []
-    for token in tokens:
-        rows.append(model.forward(Batch.chain([token], cache.length), [cache], taps=("norm",)))
-        cache.commit([0])
-    return Output(torch.cat([row.logits for row in rows]), {"norm": torch.cat([row.taps["norm"] for row in rows])})
-
-
 @pytest.fixture(scope="module")
 def truth(model: CpuDecoder, text: list[int]) -> Output:
     return decode(model, text, model.new_cache(LENGTH, 1))
-
-
-def prefilled(model: CpuDecoder, text: list[int]) -> KVCache:
-    cache = model.new_cache(2 * LENGTH, 64)
-    model.forward(Batch.chain(text, num_logits=0), [cache])
-    cache.commit(range(len(text)))
-    return cache
-
-
-def random_tree(rng: random.Random, n: int) -> tuple[list[int], list[int]]:
-    """Mostly deep, with some branches that start anywhere."""
-    low = [-1 if rng.random() < 0.3 else max(0, i - 3) for i in range(n)]
-    return rng.choices(range(VOCAB), k=n), [-1, *(rng.randrange(low[i], i) for i in range(1, n))]
 
 
 def test_chains(model: CpuDecoder, text: list[int], truth: Output, threads: int) -> None:
@@ -123,7 +101,7 @@ def test_trees(model: CpuDecoder, text: list[int], threads: int, cached: int) ->
             while parents[path[-1]] >= 0:
                 path.append(parents[path[-1]])
             path.reverse()
-            alone = prefilled(model, text[:cached])
+            alone = prefilled(model, text[:cached], LENGTH)
             assert torch.equal(decode(model, [tokens[node] for node in path], alone).logits, tree[path])
         cache.commit(path)
         following = model.forward(Batch.chain([7, 8, 9], cache.length), [cache]).logits
@@ -134,7 +112,7 @@ def test_batches(model: CpuDecoder, text: list[int], threads: int) -> None:
     rng = random.Random(1)
     lengths, caches, rows, alone = (3, 130, 0, 17), [], [], []
     for length in lengths:
-        caches.append(prefilled(model, text[:length]))
+        caches.append(prefilled(model, text[:length], LENGTH))
         rows.append(random_tree(rng, rng.randrange(1, 60)))
         alone.append(model.forward(Batch.of([rows[-1]], [length]), caches[-1:]).logits)
     together = model.forward(Batch.of(rows, lengths), caches).logits
@@ -147,7 +125,7 @@ def test_rows_outside_the_window_of_a_fault(tmp_path: Path) -> None:
     """A value that is not finite shows in the rows that attend it, not in the others of the same block of rows."""
     folder = make_pair(tmp_path / "one", "mistral", num_hidden_layers=1, sliding_window=9).folder
     model = load_cpu_decoder(folder, ModelConfig.load(folder), "fp32")
-    cache, tokens = prefilled(model, list(range(6))), list(range(10, 26))
+    cache, tokens = prefilled(model, list(range(6)), LENGTH), list(range(10, 26))
     cache.values[:, :, 2] = float("nan")
     alone = decode(model, tokens, cache).logits
     assert alone[:5].isnan().all()  # positions 6 to 10 attend slot 2

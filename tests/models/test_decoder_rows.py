@@ -8,39 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from quantspec.models.base import Output
-from quantspec.models.cache import KVCache
 from quantspec.models.decoder import Decoder
 from quantspec.models.load import load_model
 from quantspec.types import Batch
 
 from .conftest import VOCAB, Pair, make_pair
+from .decoding import decode, prefilled, random_tree
 
 GetPair = Callable[[str], Pair]
 LENGTH = 150  # the end of an attention block (128) lies within
-
-
-def decode(model: Decoder, tokens: list[int], cache: KVCache) -> Output:
-    """Plain decoding, one token at a time: logits and the "norm" tap of every row."""
-    rows = []
-    for token in tokens:
-        rows.append(model.forward(Batch.chain([token], cache.length), [cache], taps=("norm",)))
-        cache.commit([0])
-    return Output(torch.cat([row.logits for row in rows]), {"norm": torch.cat([row.taps["norm"] for row in rows])})
-
-
-def prefilled(model: Decoder, text: list[int]) -> KVCache:
-    cache = model.new_cache(300 + LENGTH, 64)
-    if text:
-        model.forward(Batch.chain(text, num_logits=0), [cache])
-        cache.commit(range(len(text)))
-    return cache
-
-
-def random_tree(rng: random.Random, n: int) -> tuple[list[int], list[int]]:
-    """Mostly deep, with some branches that start anywhere."""
-    low = [-1 if rng.random() < 0.3 else max(0, i - 3) for i in range(n)]
-    return rng.choices(range(VOCAB), k=n), [-1, *(rng.randrange(low[i], i) for i in range(1, n))]
 
 
 @pytest.fixture(scope="module", params=["llama-biases-wide-heads", "mistral-wide-window", "qwen3", "target"])
@@ -83,7 +59,7 @@ def test_trees_keep_their_bits(model: Decoder, cached: int) -> None:
     """Every node of random trees equals its path decoded alone, also across the ends of attention blocks (128, 256)."""
     rng = random.Random(cached)
     text = rng.choices(range(VOCAB), k=cached)
-    cache = prefilled(model, text)
+    cache = prefilled(model, text, LENGTH)
     tokens, parents = random_tree(rng, 40)
     tree = model.forward(Batch.of([(tokens, parents)], [cached]), [cache]).logits
     for leaf in rng.sample(range(40), 3):
@@ -91,7 +67,7 @@ def test_trees_keep_their_bits(model: Decoder, cached: int) -> None:
         while parents[path[-1]] >= 0:
             path.append(parents[path[-1]])
         path.reverse()
-        alone = prefilled(model, text)
+        alone = prefilled(model, text, LENGTH)
         assert torch.equal(decode(model, [tokens[node] for node in path], alone).logits, tree[path])
 
     # What a commit of a path that is no prefix leaves behind is what decoding it leaves behind.
@@ -104,7 +80,7 @@ def test_batches_keep_their_bits(model: Decoder) -> None:
     rng = random.Random(1)
     lengths, caches, rows, alone = (3, 130, 17), [], [], []
     for length in lengths:
-        caches.append(prefilled(model, rng.choices(range(VOCAB), k=length)))
+        caches.append(prefilled(model, rng.choices(range(VOCAB), k=length), LENGTH))
         rows.append(random_tree(rng, rng.randrange(1, 14)))
         alone.append(model.forward(Batch.of([rows[-1]], [length]), caches[-1:]).logits)
     together = model.forward(Batch.of(rows, lengths), caches).logits
