@@ -144,10 +144,12 @@ def _pack_quantized(weight: QuantizedWeight, bias: Tensor | None, arena: Arena, 
     why = refusal(scheme)
     if why is not None:
         raise UsageError(f"the CPU kernels cannot hold a weight [{n}, {k}]: {why}")
-    groups = scheme.num_groups(k)
-    if 0 in (n, k) or weight.scale.shape != (n, groups) or weight.codes.dtype != torch.int8:
+    zero_points, shape = weight.zero_point, (n, scheme.num_groups(k))
+    fits = weight.scale.shape == shape and (zero_points is None or zero_points.shape == shape)
+    if 0 in (n, k) or not fits or weight.codes.dtype != torch.int8 or weight.scale.dtype not in _DTYPES:
         raise UsageError(
-            f"codes [{n}, {k}] of {weight.codes.dtype} with scales {list(weight.scale.shape)} are not a weight of "
+            f"codes [{n}, {k}] of {weight.codes.dtype} with scales {list(weight.scale.shape)} of {weight.scale.dtype}"
+            f"{'' if zero_points is None else f' and zero points {list(zero_points.shape)}'} are not a weight of "
             f"{scheme.bits} bits in groups of {scheme.group(k)}"
         )
     if not torch.isfinite(weight.scale).all():
@@ -155,7 +157,7 @@ def _pack_quantized(weight: QuantizedWeight, bias: Tensor | None, arena: Arena, 
     source_group = scheme.group(k) if scheme.group(k) < k else math.ceil(k / PANEL) * PANEL
     group = next(size for size in GROUPS if source_group % size == 0)
     codes, scale = weight.codes.contiguous(), weight.scale.contiguous()
-    zeros = None if weight.zero_point is None else weight.zero_point.to(torch.int8).contiguous()
+    zeros = None if zero_points is None else zero_points.to(torch.int8).contiguous()
     struct = LinearStruct(
         rows=n, cols=k, format=_Q4 if scheme.bits <= 4 else _Q8, group=group, scale_type=_DTYPES[scale.dtype],
         asymmetric=int(zeros is not None),

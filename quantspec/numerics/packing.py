@@ -84,4 +84,6 @@ def unpack_weight(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWei
         if "weight_zero_point" not in tensors:
             raise ModelError("asymmetric packed weight without weight_zero_point")
         zero_point = unpack_codes(tensors["weight_zero_point"].T, scheme.bits, n).T.contiguous()
+        if zero_point.shape != scale.shape:
+            raise ModelError(f"zero points {list(zero_point.shape)} do not go with scales {list(scale.shape)}")
     return QuantizedWeight(unpack_codes(packed, scheme.bits, k), scale, zero_point, scheme)

@@ -228,6 +228,10 @@ def test_weights_that_do_not_fit_are_refused() -> None:
     whole = random_weight(33, 256, Scheme())
     refused(QuantizedWeight(whole.codes, whole.scale[:, :1], None, whole.scheme), r"scales \[33, 1\]")
     refused(QuantizedWeight(whole.codes.int(), whole.scale, None, whole.scheme), "int32")
+    refused(QuantizedWeight(whole.codes, whole.scale.double(), None, whole.scheme), "float64")
+    skewed = random_weight(33, 256, Scheme(4, 128, symmetric=False))
+    assert skewed.zero_point is not None
+    refused(QuantizedWeight(skewed.codes, skewed.scale, skewed.zero_point[:, :1], skewed.scheme), r"points \[33, 1\]")
 
 
 @pytest.mark.parametrize("bias", [torch.zeros(32), torch.zeros(33, 1), torch.zeros(33, device="meta")])

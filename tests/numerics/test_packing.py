@@ -79,3 +79,7 @@ def test_contradictory_shapes_are_refused() -> None:
         unpack_weight(tensors | {"weight_scale": tensors["weight_scale"][:, :-1]}, scheme)
     with pytest.raises(ModelError, match="zero_point"):
         unpack_weight(tensors, Scheme(4, 32, symmetric=False))
+    skewed = Scheme(4, 32, symmetric=False)
+    tensors = pack_weight(quantize(torch.randn(16, 96, generator=torch.Generator().manual_seed(0)), skewed))
+    with pytest.raises(ModelError, match=r"zero points \[16, 2\]"):
+        unpack_weight(tensors | {"weight_zero_point": tensors["weight_zero_point"][:, :-1]}, skewed)
