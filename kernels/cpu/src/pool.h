@@ -44,6 +44,13 @@ inline void relax() {
 #if defined(__x86_64__)
 inline uint32_t float_mode() { return _mm_getcsr(); }
 inline void set_float_mode(uint32_t mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+inline uint32_t float_mode() {
+    uint64_t mode;
+    asm volatile("mrs %0, fpcr" : "=r"(mode));
+    return static_cast<uint32_t>(mode);
+}
+inline void set_float_mode(uint32_t mode) { asm volatile("msr fpcr, %0" : : "r"(static_cast<uint64_t>(mode))); }
 #else
 inline uint32_t float_mode() { return 0; }
 inline void set_float_mode(uint32_t) {}

@@ -102,7 +102,9 @@ inline vi bit_or(vi a, vi b) { return each<vi>([&](int i) { return a.at[i] | b.a
 inline vi shift_left(vi a, int bits) { return each<vi>([&](int i) { return int32_t(uint32_t(a.at[i]) << bits); }); }
 inline vi shift_right(vi a, int bits) { return each<vi>([&](int i) { return int32_t(uint32_t(a.at[i]) >> bits); }); }
 inline vf to_float(vi a) { return each<vf>([&](int i) { return float(a.at[i]); }); }
-inline vi to_int(vf a) { return each<vi>([&](int i) { return int32_t(std::nearbyint(a.at[i])); }); }
+inline vi to_int(vf a) {  // what is not a number becomes what the AVX2 instruction makes of it
+  return each<vi>([&](int i) { return std::isnan(a.at[i]) ? INT32_MIN : int32_t(std::nearbyint(a.at[i])); });
+}
 inline vf as_float(vi a) {
   vf result;
   std::memcpy(&result, &a, sizeof a);
