@@ -105,7 +105,7 @@ def demo(invocation: Invocation, max_new_tokens: int, out: Path | None, as_json:
     )
     click.echo("Acceptance length counts the target's own (bonus) token and leaves the prompt's forward out.")
     if rows[0].tokens_per_second > max(row.tokens_per_second for row in rows[1:]):
-        click.echo("A forward of this tiny target takes less time than drafting for it: drafters pay on larger targets.")
+        click.echo("A forward of so small a target takes less time than drafting: drafters pay on larger ones.")
 
 
 def _quantized_target(out: Path) -> Path:

@@ -74,7 +74,7 @@ def test_a_target_that_cannot_run_so_is_refused() -> None:
 
 
 def test_no_room_for_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(packed.mmap, "mmap", full)
