@@ -122,7 +122,11 @@ void weigh(const float* weights, int64_t ldw, int n, At&& value, int count, int 
 class BlockAttention {
  public:
   BlockAttention(const Shape& shape, const RowTable& table, const RowBlock& block, int window)
-      : table_(table), block_(block), window_(window), d_(shape.head_dim), padded_(shape.padded()),
+      : table_(table),
+        block_(block),
+        window_(window),
+        d_(shape.head_dim),
+        padded_(shape.padded()),
         group_(shape.group()) {
     low_ = all_ = begin_of(0), high_ = end_of(0);
     for (int i = 1; i < block.count; i++) {

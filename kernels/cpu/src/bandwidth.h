@@ -32,8 +32,8 @@ inline void pin(int index) {
 #endif
 }
 
-// Runs body(thread, repeat) on all threads at once, `repeats` times: the least seconds from the first start to the last end.
-// Each thread reads the clock itself: one that is held up at the start must not make the others' work look short.
+// Runs body(thread, repeat) on all threads at once, `repeats` times: the least seconds from the first start to the last
+// end. Each thread reads the clock itself: one that is held up at the start must not make the others' work look short.
 template <class Body>
 double least_seconds(int threads, int repeats, Body&& body) {
   using Clock = std::chrono::steady_clock;
@@ -109,15 +109,16 @@ inline PeakVector peak_step(PeakVector sum, PeakVector x) { return _mm256_maddub
 extern "C" {
 
 // Best GB/s (10^9) at which `threads` threads, each with its own share, read a segment of the `bytes` bytes at `buffer`
-// (64-byte aligned), fetching `distance` bytes ahead (0: leave it to the processor). Every repeat reads the next segment,
-// of 16 MB: too short to be disturbed each time on a busy machine, and out of the caches when its turn comes again.
+// (64-byte aligned), fetching `distance` bytes ahead (0: leave it to the processor). Every repeat reads the next
+// segment, of 16 MB: too short to be disturbed each time on a busy machine, and out of the caches when its turn comes
+// again.
 QS_EXPORT double qs_read_bandwidth(const uint8_t* buffer, int64_t bytes, int threads, int distance, int repeats) {
   const int64_t segment = bytes < (16 << 20) ? bytes : 16 << 20, share = segment / threads / 256 * 256;
   const int64_t segments = bytes / segment;
   const double seconds = quantspec::least_seconds(threads, repeats, [&](int thread, int repeat) {
     const uint8_t* from = buffer + repeat % segments * segment + thread * share;
-    const quantspec::vi sum = distance > 0 ? quantspec::read_all<true>(from, share, distance)
-                                           : quantspec::read_all<false>(from, share, 0);
+    const quantspec::vi sum =
+        distance > 0 ? quantspec::read_all<true>(from, share, distance) : quantspec::read_all<false>(from, share, 0);
     asm volatile("" : : "m"(sum));  // or nobody would need the sum
   });
   return share * threads / seconds * 1e-9;
@@ -144,8 +145,8 @@ QS_EXPORT double qs_peak_macs(int threads, int repeats) {
 #endif
 }
 
-// Multiply-adds per second on `threads` cores together, of the int8 kernel's own inner loop for n rows of activations, its
-// weights (one panel, a few kilobytes) and all else in the first-level cache.
+// Multiply-adds per second on `threads` cores together, of the int8 kernel's own inner loop for n rows of activations,
+// its weights (one panel, a few kilobytes) and all else in the first-level cache.
 QS_EXPORT double qs_tile_rate(const quantspec::Linear* w, int n, int threads, int repeats) {
   constexpr int ROUNDS = 100;
   std::vector<std::vector<float>> inputs(threads, std::vector<float>(quantspec::int8_row_bytes(*w) / 4 * n));

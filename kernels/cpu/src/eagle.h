@@ -54,14 +54,16 @@ inline void attend_rows(const EagleLayer& w, const EagleRows& rows, const EagleC
   }
   const float* keys = cache.kv + h * cache.capacity * d;
   const float* values = keys + w.kv_heads * cache.capacity * d;
-  score(q, n, padded, d, [&](int slot) { return keys + int64_t(slot) * d; }, end, scores, lds);
+  score(
+      q, n, padded, d, [&](int slot) { return keys + int64_t(slot) * d; }, end, scores, lds);
   for (int i = 0; i < n; i++) {
     float* row = scores + i * lds;
     const float* bias = rows.bias + int64_t(first + i / group) * rows.width;
     for (int j = 0; j < rows.width; j++) row[end - rows.width + j] += bias[j];
     q[i * padded] = softmax(row, end);  // the inverse of the sum of weights waits where the query was
   }
-  weigh(scores, lds, n, [&](int slot) { return values + int64_t(slot) * d; }, end, d, sums, padded);
+  weigh(
+      scores, lds, n, [&](int slot) { return values + int64_t(slot) * d; }, end, d, sums, padded);
   for (int i = 0; i < n; i++) {
     float* to = out + (first + i / group) * int64_t(w.heads) * d + (h * group + i % group) * d;
     const vf inverse = set1(q[i * padded]);
@@ -109,7 +111,8 @@ QS_EXPORT int qs_eagle_forward(const quantspec::EagleLayer* layer, int m, const 
                                const float* embeddings, const float* cos, const float* sin, int64_t step, float* kv,
                                int64_t capacity, int start, const float* bias, int width, float* out) {
   return quantspec::status_of([&] {
-    quantspec::eagle_forward(*layer, {m, start, width, cos, sin, bias, step}, {kv, capacity}, features, embeddings, out);
+    quantspec::eagle_forward(*layer, {m, start, width, cos, sin, bias, step}, {kv, capacity}, features, embeddings,
+                             out);
   });
 }
 

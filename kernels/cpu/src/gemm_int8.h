@@ -7,8 +7,8 @@
 
 namespace quantspec {
 
-// ---- Activations. A block of up to 64 rows holds its codes, then its scales, then its sums; within each, tile by tile:
-// codes as dwords of four k [K / 4][tile], scales and sums [groups][tile].
+// ---- Activations. A block of up to 64 rows holds its codes, then its scales, then its sums; within each, tile by
+// tile: codes as dwords of four k [K / 4][tile], scales and sums [groups][tile].
 
 #if defined(__AVX512BW__)
 constexpr int INT8_TILE = 8;
@@ -46,8 +46,8 @@ inline T lane_sum(V a) {
   return sum;
 }
 
-// Codes round(x / scale) with scale = max|x| / 127 per row and group; a group that is not finite gets a scale that is not
-// a number, so that the fault shows in the output. `x` has room for whole groups.
+// Codes round(x / scale) with scale = max|x| / 127 per row and group; a group that is not finite gets a scale that is
+// not a number, so that the fault shows in the output. `x` has room for whole groups.
 inline void quantize_row(const Linear& w, int n, int row, float* x, float* inputs) {
   const int base = row / BLOCK_ROWS * BLOCK_ROWS, count = n - base < BLOCK_ROWS ? n - base : BLOCK_ROWS;
   const Int8Block block(w, inputs + int8_row_bytes(w) / 4 * base, count);
@@ -150,7 +150,8 @@ struct Dot {
 // Adds one plane of a group, for R vectors of output rows and T tokens. `ahead` advances by `stride` a step: what later
 // steps will read.
 template <int R, int T>
-inline void dot_plane(const uint8_t* codes, int steps, const int32_t* x, Dot::V (&total)[R][T], const char*& ahead, int stride) {
+inline void dot_plane(const uint8_t* codes, int steps, const int32_t* x, Dot::V (&total)[R][T], const char*& ahead,
+                      int stride) {
   using V = Dot::V;
   constexpr int bytes = Dot::rows * 4;
   for (int step = 0; step < steps; step += 4) {
@@ -186,7 +187,8 @@ inline void dot_plane(const uint8_t* codes, int steps, const int32_t* x, Dot::V 
 // Vectors of output rows that a tile of T tokens takes together, as many as there are registers for.
 constexpr int vectors(int T) { return T <= 2 || Dot::rows == 16 ? 32 / Dot::rows : 2; }
 
-struct Int8Tile {  // some groups of one panel, output rows from `row` on, against one tile of tokens
+// Some groups of one panel, output rows from `row` on, against one tile of tokens.
+struct Int8Tile {
   const uint8_t* panel;  // the first of the groups
   int row, groups;
   const int32_t* x;

@@ -72,7 +72,8 @@ class Buffer {
 // Rows are taken in blocks whose sums stay in cache, and blocks in tiles that share each weight in registers.
 constexpr int BLOCK_ROWS = 64;
 
-struct Tiles {  // `count` rows in as few tiles of at most `most` as there can be, as even as they can be
+// `count` rows in as few tiles of at most `most` as there can be, as even as they can be.
+struct Tiles {
   int count, longer, width;  // the first `longer` tiles have a row more than `width`
   Tiles(int rows, int most) : count((rows + most - 1) / most) {
     width = rows / count;
@@ -86,7 +87,8 @@ struct Tiles {  // `count` rows in as few tiles of at most `most` as there can b
   }
 };
 
-// Panels that a thread claims at once: a few claims a thread, so that one that is held up leaves its rest to the others.
+// Panels that a thread claims at once: a few claims a thread, so that one that is held up leaves its rest to the
+// others.
 inline int panel_chunk(int panels) {
   const int claims = num_threads() * 8;
   return panels > claims ? panels / claims : 1;

@@ -12,7 +12,9 @@ inline vi first_lanes(int count) { return _mm256_cmpgt_epi32(set1(count), _mm256
 inline vf load_part(const float* p, int count) { return _mm256_maskload_ps(p, first_lanes(count)); }
 inline void store_part(float* p, vf a, int count) { _mm256_maskstore_ps(p, first_lanes(count), a); }
 #else
-inline vf load_part(const float* p, int count) { return each<vf>([&](int i) { return i < count ? p[i] : 0.0f; }); }
+inline vf load_part(const float* p, int count) {
+  return each<vf>([&](int i) { return i < count ? p[i] : 0.0f; });
+}
 inline void store_part(float* p, vf a, int count) { std::memcpy(p, a.at, sizeof(float) * count); }
 #endif
 

@@ -22,7 +22,8 @@ inline float scalar_as(int type, const void* values, int index) {
 
 // One row of codes int8 [K] with scales [source groups], as stored, and zero points int8 (null: symmetric). Rows past
 // the last are given none and get scale 0.
-inline void pack_row(const Linear& w, int row, const int8_t* codes, const uint8_t* scales, const int8_t* zeros, int source_group) {
+inline void pack_row(const Linear& w, int row, const int8_t* codes, const uint8_t* scales, const int8_t* zeros,
+                     int source_group) {
   const int bias = w.format == Q8 ? 128 : 8, size = w.scale_type == F32 ? 4 : 2, r = row % 32;
   for (int g = 0; g < w.groups(); g++) {
     uint8_t* group = group_at(w, row, g);
@@ -82,7 +83,8 @@ inline void embed_rows(const Linear& w, const int32_t* ids, int n, float* out, i
 }  // namespace quantspec
 
 // codes int8 [N, K], scales [N, source_groups] of w's scale type, zeros int8 [N, source_groups] or null.
-QS_EXPORT void qs_pack_quantized(const quantspec::Linear* w, const int8_t* codes, const uint8_t* scales, const int8_t* zeros, int source_group) {
+QS_EXPORT void qs_pack_quantized(const quantspec::Linear* w, const int8_t* codes, const uint8_t* scales,
+                                 const int8_t* zeros, int source_group) {
   const int groups = (w->cols + source_group - 1) / source_group, size = w->scale_type == quantspec::F32 ? 4 : 2;
   quantspec::parallel_for(w->panel_count(), [&](int panel) {
     for (int row = panel * 32; row < panel * 32 + 32; row++) {
@@ -114,12 +116,11 @@ QS_EXPORT void qs_pack_dense(const quantspec::Linear* w, const uint8_t* values) 
 }
 
 // y[n, N] = (accumulate ? y : 0) + x[n, K] W^T + bias. Returns a `status_of`.
-QS_EXPORT int qs_matmul(const quantspec::Linear* w, const float* x, int64_t ldx, int n, float* y, int64_t ldy, int accumulate, int int8) {
+QS_EXPORT int qs_matmul(const quantspec::Linear* w, const float* x, int64_t ldx, int n, float* y, int64_t ldy,
+                        int accumulate, int int8) {
   return quantspec::status_of([&] {
     for (int first = 0; first < n; first += quantspec::MATMUL_ROWS) {
-      const auto source = [&](int i, float* row) {
-        std::memcpy(row, x + (first + i) * ldx, sizeof(float) * w->cols);
-      };
+      const auto source = [&](int i, float* row) { std::memcpy(row, x + (first + i) * ldx, sizeof(float) * w->cols); };
       const int count = std::min(n - first, quantspec::MATMUL_ROWS);
       quantspec::matmul(*w, count, source, y + first * ldy, ldy, accumulate != 0, int8 != 0);
     }
@@ -129,4 +130,3 @@ QS_EXPORT int qs_matmul(const quantspec::Linear* w, const float* x, int64_t ldx,
 QS_EXPORT void qs_embed(const quantspec::Linear* w, const int32_t* ids, int n, float* out, int64_t ldo) {
   quantspec::embed_rows(*w, ids, n, out, ldo);
 }
-

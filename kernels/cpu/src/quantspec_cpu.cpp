@@ -9,7 +9,7 @@
 // Sizes of the structs that Python mirrors, for a test.
 QS_EXPORT void qs_struct_sizes(int64_t* sizes) {
   using namespace quantspec;
-  const size_t all[] = {sizeof(Linear), sizeof(Layer),      sizeof(Model),     sizeof(Rows),
+  const size_t all[] = {sizeof(Linear), sizeof(Layer),     sizeof(Model),     sizeof(Rows),
                         sizeof(Cache),  sizeof(TapTarget), sizeof(EagleLayer)};
   for (const size_t size : all) *sizes++ = int64_t(size);
 }

@@ -6,7 +6,7 @@
 
 namespace quantspec {
 
-constexpr int SCAN = 8 * LANES;               // entries whose maximum says whether any of them can be among the best
+constexpr int SCAN = 8 * LANES;              // entries whose maximum says whether any of them can be among the best
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // entries; about 20 us of work
 
 // The k largest of x[size], descending, ties by ascending index; any k where one of x is not a number.
@@ -69,7 +69,8 @@ inline int nucleus(const float* x, int size, float share, float least, int32_t* 
   float* masses = buffer.get<float>(padded);
   float peak = x[0];
   for (int i = 1; i < size; i++) peak = x[i] > peak ? x[i] : peak;
-  for (int i = 0; i < size; i += LANES) store_some(masses + i, exp(sub(load_some(x + i, size - i), set1(peak))), size - i);
+  for (int i = 0; i < size; i += LANES)
+    store_some(masses + i, exp(sub(load_some(x + i, size - i), set1(peak))), size - i);
   for (int i = size; i < padded; i++) masses[i] = 0.0f;
   float low = 0.0f;
   if (share < 1.0f) {

@@ -79,6 +79,7 @@ inline A each(F&& f) {
   for (int i = 0; i < LANES; i++) result.at[i] = f(i);
   return result;
 }
+// clang-format off
 inline vf set1(float x) { return each<vf>([&](int) { return x; }); }
 inline vi set1(int32_t x) { return each<vi>([&](int) { return x; }); }
 inline vf load(const float* p) { return each<vf>([&](int i) { return p[i]; }); }
@@ -102,6 +103,7 @@ inline vi bit_or(vi a, vi b) { return each<vi>([&](int i) { return a.at[i] | b.a
 inline vi shift_left(vi a, int bits) { return each<vi>([&](int i) { return int32_t(uint32_t(a.at[i]) << bits); }); }
 inline vi shift_right(vi a, int bits) { return each<vi>([&](int i) { return int32_t(uint32_t(a.at[i]) >> bits); }); }
 inline vf to_float(vi a) { return each<vf>([&](int i) { return float(a.at[i]); }); }
+// clang-format on
 inline vi to_int(vf a) {  // what is not a number becomes what the AVX2 instruction makes of it
   return each<vi>([&](int i) { return std::isnan(a.at[i]) ? INT32_MIN : int32_t(std::nearbyint(a.at[i])); });
 }
@@ -116,7 +118,9 @@ inline void store_bytes(vi a, int32_t* first, int32_t* second) {
   std::memcpy(first, bytes, 4);
   std::memcpy(second, bytes + 4, 4);
 }
-inline vi load_u8(const uint8_t* p) { return each<vi>([&](int i) { return int32_t(p[i]); }); }
+inline vi load_u8(const uint8_t* p) {
+  return each<vi>([&](int i) { return int32_t(p[i]); });
+}
 inline float half_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
   if (exponent == 0) {  // zero and subnormal numbers are multiples of 2^-24
