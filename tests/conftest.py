@@ -4,10 +4,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels are tested under its interpreter. It must know before anything imports it, whoever comes first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 HELPERS = ("table_model", "tiny_eagle")
 
