@@ -55,8 +55,8 @@ class DecodeBench:
     """Instead of a model: random weights of this shape."""
     activations: Literal["int8", "fp32"] | None = None
     """What activations are rounded to before they meet quantized weights. Default: int8 where weights are."""
-    group_size: int = 128
-    """Of random weights: those in a row that share a scale."""
+    group_size: int | None = None
+    """Of random weights: those in a row that share a scale. Default: 128."""
     context: int = 512
     """Tokens in the cache."""
     tokens: int = 32
@@ -73,10 +73,13 @@ class DecodeBench:
     def __post_init__(self) -> None:
         if self.model is not None and self.shape is not None:
             raise UsageError("--model and --shape exclude each other", hint="a shape has random weights")
+        if self.model is not None and self.group_size is not None:
+            raise UsageError("--group-size is for random weights", hint="a model has groups of its own: leave it out")
         check_widths(self.widths)
         if self.context < 1 or self.tokens < 1:
             raise UsageError(f"context and tokens must be at least 1, not {self.context} and {self.tokens}")
-        check_group_size(self.group_size)
+        if self.group_size is not None:
+            check_group_size(self.group_size)
         check_counts(self.threads, self.rounds)
 
 

@@ -21,15 +21,20 @@ from quantspec.benchmarks.kernels import Machine, Measured, Notice, best, look_a
 from quantspec.benchmarks.random_model import random_decoder
 from quantspec.benchmarks.shapes import SHAPES
 from quantspec.benchmarks.timing import alternate
+from quantspec.engine.build import DEFAULT_TARGET
 from quantspec.errors import UsageError
 from quantspec.kernels.cpu import probes
 from quantspec.kernels.cpu.forward import PARTS
 from quantspec.kernels.cpu.packed import PackedLinear
 from quantspec.models.cache import KVCache
 from quantspec.models.cpu_decoder import CpuDecoder
+from quantspec.models.load import load_model
+from quantspec.models.resolve import resolve
 from quantspec.types import Batch
 
 _Q8 = 1  # enum Format of linear.h
+_GROUP_SIZE = 128
+"""Of random weights, where nothing else is asked for; and of the inner loop that bounds a model without groups."""
 
 
 @dataclass
@@ -136,9 +141,11 @@ def run(config: DecodeBench, notice: Notice = lambda line: None) -> dict[str, An
     ``ResourceError`` for a shape that does not fit into memory, ``Unavailable`` without a compiler.
     """
     threads, widths = config.threads or probes.cores(), sorted({1, *config.widths})
+    if config.model is not None:
+        resolve(config.model)  # a name that leads nowhere is said at once
     set_threads(threads, threads)
     notice(f"measuring what {threads} threads of this machine can do")
-    machine = look_at_machine(threads, config.group_size)
+    machine = look_at_machine(threads, config.group_size or _GROUP_SIZE)
     notice(f"preparing {config.model or 'a model of random weights'}")
     model = _model(config)
     _check_length(model, config.context + max(config.tokens, *widths))
@@ -147,18 +154,19 @@ def run(config: DecodeBench, notice: Notice = lambda line: None) -> dict[str, An
     decoding = Decoding(model, config.context, config.tokens, max(widths), config.seed)
     steps, spent = decoding.decode(config.tokens)
     curve = decoding.curve(widths, config.rounds, config.seed)
-    machine = best(machine, look_at_machine(threads, config.group_size))
+    machine = best(machine, look_at_machine(threads, config.group_size or _GROUP_SIZE))
     work = Work.of(model, config.context)
-    return {**machine.json(), **_report(config, threads, machine, work, steps, spent, curve, model.backend)}
+    return {**machine.json(), **_report(config, threads, machine, work, steps, spent, curve, model)}
 
 
 def _model(config: DecodeBench) -> CpuDecoder:
     if config.model is None:
         integer = config.activations != "fp32"
-        return random_decoder(config.shape or SHAPES["1b"], config.group_size, integer=integer, seed=config.seed)
-    from quantspec.models.load import load_model
-
-    model = load_model(config.model, activations=config.activations)
+        group_size = config.group_size or _GROUP_SIZE
+        return random_decoder(config.shape or SHAPES["1b"], group_size, integer=integer, seed=config.seed)
+    # "default" is what it is wherever text is generated: the quantized target.
+    name = DEFAULT_TARGET if config.model == "default" else config.model
+    model = load_model(name, activations=config.activations)
     if not isinstance(model, CpuDecoder):
         raise UsageError(f"{config.model} does not run on the native kernels but by {model.backend}")
     return model
@@ -171,13 +179,21 @@ def _check_length(model: CpuDecoder, length: int) -> None:
         )
 
 
+def _group_size(config: DecodeBench, model: CpuDecoder) -> int | None:
+    """Of the weights that run: None if no weight is quantized, -1 for one scale per output channel."""
+    if config.model is None:
+        return config.group_size or _GROUP_SIZE
+    quantized = model.config.quantization
+    return quantized.scheme.group_size if quantized else None
+
+
 def _report(
     config: DecodeBench, threads: int, machine: Machine, work: Work, steps: Steps, spent: float,
-    curve: dict[int, Steps], backend: str,
+    curve: dict[int, Steps], model: CpuDecoder,
 ) -> dict[str, Any]:  # fmt: skip
-    mode = backend.removeprefix("cpu-")
+    backend, mode = model.backend, model.backend.removeprefix("cpu-")
     times = {n: found.seconds for n, found in curve.items()}
-    measured = Measured(backend, mode, None, config.group_size, work.nbytes, work.macs, times)
+    measured = Measured(backend, mode, None, _group_size(config, model), work.nbytes, work.macs, times)
     seconds, bound = min(steps.seconds), machine.bound(work.nbytes, work.macs, mode)
     return {
         "model": config.model,

@@ -17,7 +17,7 @@ from quantspec.cli.invocation import Invocation
 from quantspec.cli.machine import cpu_flags, processor
 from quantspec.cli.options import assemble, options_from
 from quantspec.cli.render import note, table
-from quantspec.errors import Unavailable, UsageError
+from quantspec.errors import ResourceError, Unavailable, UsageError
 
 
 class Listed(click.ParamType[Any, Any]):
@@ -139,12 +139,23 @@ def _check_places(plot: Path | None, html: Path | None) -> None:
     for path in (plot, html):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise UsageError(f"cannot write {path}", hint="name a file in a folder that exists")
+        if path is not None:
+            _try_folder(path.parent)
     if plot is not None:
         from quantspec.benchmarks.plot import why_not
 
         reason = why_not()
         if reason is not None:
             raise Unavailable(reason, hint="pip install 'quantspec[plots]', or use --html, which needs nothing")
+
+
+def _try_folder(folder: Path) -> None:
+    from tempfile import TemporaryFile
+
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ResourceError(f"cannot write into {folder}: {error.strerror}", hint="choose another folder") from error
 
 
 def _write_pictures(report: Mapping[str, Any], plot: Path | None, html: Path | None) -> None:

@@ -197,7 +197,7 @@ def _named(request: Request, name: str) -> Backend:
         raise UsageError(f"unknown backend {name!r}", hint=f"one of {', '.join(each.name for each in BACKENDS)}")
     reason = named.why_not(request)
     if reason is not None:
-        able = [each.name for each in BACKENDS if each is not named and each.unable(request) is None]
+        able = [each.name for each in BACKENDS if each is not named and each.why_not(request) is None]
         hint = f"leave the choice to quantspec, or take {_or(able)}" if able else "quantspec doctor tells what works"
         raise UsageError(f"backend {name} cannot run this model here: {reason}", hint=hint)
     return named

@@ -30,6 +30,8 @@ ACTIVATIONS = get_args(Activations)
 RULES = ("exact", "ratio")
 """``exact``: keyed noise, so the text does not depend on the drafter. ``ratio``: min(1, p/q), equal in distribution."""
 
+MAX_THREADS = 1024
+
 VLLM_METHODS = {"ngram": "lookup", "draft_model": "draft", "eagle": "eagle"}
 
 DEFAULT_SPECULATIVE_TOKENS = {"none": 0, "lookup": 8, "draft": 5, "eagle": 15, "cascade": 10}
@@ -100,6 +102,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
                 raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if self.threads is not None and self.threads > MAX_THREADS:  # torch crashes when a thread cannot be made
+            raise UsageError(
+                f"threads must be at most {MAX_THREADS}, not {self.threads}", hint="as many as cores is best"
+            )
         if self.rule == "ratio" and self.method == "eagle":
             raise UsageError(
                 "the ratio rule verifies chains, and an EAGLE head grows trees", hint="use the default rule"

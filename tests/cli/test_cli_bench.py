@@ -139,6 +139,14 @@ def test_misuse_is_one_line_before_anything_is_measured(call: Any, options: tupl
     assert "measuring" not in result.err
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write")
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_measured(call: Any) -> None:
+    result = call("bench", "kernels", "--html", "/proc/curves.html")
+    assert (result.code, result.out) == (4, "")
+    assert "cannot write into /proc" in result.error
+    assert "measuring" not in result.err
+
+
 def test_no_cuda_is_one_line(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = call("bench", "kernels", "--device", "cuda")

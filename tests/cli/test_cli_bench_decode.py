@@ -71,6 +71,26 @@ def test_a_model_and_its_tables(call: Any, tiny: Path) -> None:
 
 
 @native
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name, backend, group", [("default", "cpu-int8", 128), ("default/target", "cpu-fp32", None)])
+def test_default_is_the_quantized_target(call: Any, name: str, backend: str, group: int | None) -> None:
+    result = call("bench", "decode", "--model", name, *OPTIONS, "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report["backend"] == backend
+    assert {row["group_size"] for row in report["rows"]} == {group}
+
+
+@native
+@pytest.mark.usefixtures("quick")
+def test_a_model_that_is_not_there_is_said_before_anything_is_measured(call: Any) -> None:
+    result = call("bench", "decode", "--model", "nowhere")
+    assert (result.code, result.out) == (3, "")
+    assert "no model folder at nowhere" in result.error
+    assert "measuring" not in result.err
+
+
+@native
 def test_decoding_leaves_the_context_as_it_was() -> None:
     model = random_decoder(SMALL, 32, integer=True, seed=0)
     decoding = Decoding(model, context=4, more=3, widest=2, seed=0)
@@ -128,6 +148,7 @@ def test_shapes() -> None:
         (("--shape", "heads=3,kv_heads=2"), "there is no model of shape 'heads=3,kv_heads=2'"),
         (("--shape", "layers=0"), "there is no model of shape 'layers=0'"),
         (("--model", "default", "--shape", "1b"), "--model and --shape exclude each other"),
+        (("--model", "default", "--group-size", "64"), "--group-size is for random weights"),
         (("--widths", "0"), "widths are numbers of rows from 1 to 4096, not 0"),
         (("--context", "0"), "context and tokens must be at least 1"),
         (("--group-size", "33"), "the group size must be a multiple of 32, not 33"),

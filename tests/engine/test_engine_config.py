@@ -26,6 +26,7 @@ from quantspec.errors import UsageError
         ({"min_draft": 0}, "min_draft", None),
         ({"max_batch": True}, "max_batch must be a whole number", None),
         ({"max_context": "10"}, "max_context must be a whole number", None),
+        ({"threads": 100_000}, "threads must be at most 1024, not 100000", "as many as cores"),
         (
             {"prompt_lookup_min": 5, "prompt_lookup_max": 3},
             "prompt_lookup_max must be a whole number of at least 5",

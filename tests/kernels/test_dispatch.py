@@ -101,6 +101,7 @@ def test_a_machine_that_misses_what_a_backend_needs(machine: dict[str, str | Non
     with pytest.raises(UsageError, match="cpu-int8 cannot run this model here: no C\\+\\+ compiler") as caught:
         choose(W4, "cpu-int8")
     assert "torch-int4" in (caught.value.hint or "")
+    assert "cpu-fp32" not in (caught.value.hint or "")  # it misses the compiler too
     assert choose(W4, "reference-exact").name == "reference-exact"
 
 
