@@ -61,9 +61,10 @@ def fingerprint(made_of: object, sources: Iterable[Path]) -> str:
     return digest.hexdigest()[:24]
 
 
-def run(command: Sequence[str]) -> str:
-    """Run a compiler and return what it printed. Neither a timeout nor Ctrl-C leaves a part of it running."""
-    name = Path(command[0]).name
+def run(command: Sequence[str], name: str | None = None) -> str:
+    """Run a compiler (errors call it ``name``) and return what it printed. Neither a timeout nor Ctrl-C leaves a part
+    of it running."""
+    name = name or Path(command[0]).name
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
         process = subprocess.Popen(command, **pipes, text=True, errors="replace", start_new_session=True)

@@ -1,0 +1,151 @@
+// y[n, N] = x[n, K] W^T + bias for n <= 64, W in 4 or 8 bits: what one block of threads does.
+//
+// Weights take the 16-row side of m16n8k16 and tokens the 8-column side, so that up to eight rows of x cost one column.
+// Codes enter as exact integers; the sum over a tile is scaled in fp32 once. A block walks its run of tiles; where row
+// blocks are shared, partial sums go to the workspace and the block that comes last adds them in order of block. So a
+// row of y has the same bits at every n.
+#pragma once
+
+#include "layout.h"
+#include "ring.h"
+#include "types.h"
+
+namespace quantspec {
+
+template <class S>
+using Sums = float[2][S::COLUMNS][4];  // two times 16 rows, columns of 8 tokens, a lane's accumulators
+
+template <class S, class T>
+__device__ inline void expand(const uint8_t* stage, int warp, int chunk, int lane, uint32_t (&pairs)[4][4]) {
+  const uint4* codes = reinterpret_cast<const uint4*>(stage);
+  if constexpr (S::BITS == 4) {
+    const uint4 words = codes[code_vector<S>(warp, chunk, 0, lane)];
+    T::expand4(words.x, pairs[0]);
+    T::expand4(words.y, pairs[1]);
+    T::expand4(words.z, pairs[2]);
+    T::expand4(words.w, pairs[3]);
+  } else {
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+      const uint4 words = codes[code_vector<S>(warp, chunk, part, lane)];
+      T::expand8(words.x, words.y, pairs[2 * part]);
+      T::expand8(words.z, words.w, pairs[2 * part + 1]);
+    }
+  }
+}
+
+// sums += scale * (codes times tokens) over one tile.
+template <class S, class T>
+__device__ inline void multiply(const uint8_t* stage, int warp, int lane, bool bfloat_scales, Sums<S>& sums) {
+  Sums<S> products = {};
+#pragma unroll
+  for (int chunk = 0; chunk < S::CHUNKS; chunk++) {
+    uint32_t pairs[4][4];
+    expand<S, T>(stage, warp, chunk, lane, pairs);
+#pragma unroll
+    for (int column = 0; column < S::COLUMNS; column++) {
+      const uint4 x = *reinterpret_cast<const uint4*>(stage + token_offset<S>(column, chunk, lane));
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        const auto& low = pairs[2 * m];
+        const auto& high = pairs[2 * m + 1];
+        T::mma(products[m][column], low[0], high[0], low[1], high[1], x.x, x.y);
+        T::mma(products[m][column], low[2], high[2], low[3], high[3], x.z, x.w);
+      }
+    }
+  }
+  const uint16_t* stored = reinterpret_cast<const uint16_t*>(stage + scale_offset(warp, lane));
+#pragma unroll
+  for (int slot = 0; slot < 4; slot++) {
+    const float scale = bfloat_scales ? float_of_bfloat(stored[slot]) : float_of_half(stored[slot]);
+#pragma unroll
+    for (int column = 0; column < S::COLUMNS; column++) {
+#pragma unroll
+      for (int c = slot % 2 * 2; c < slot % 2 * 2 + 2; c++) {
+        float& sum = sums[slot / 2][column][c];
+        sum = fmaf(scale, products[slot / 2][column][c], sum);
+      }
+    }
+  }
+}
+
+template <class S, class T>
+__device__ inline void store(const Params& p, int row_block, int warp, int lane, const Sums<S>& sums) {
+#pragma unroll
+  for (int m = 0; m < 2; m++) {
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      const int row = row_block * TILE_ROWS + warp * WARP_ROWS + m * 16 + accumulator_row(lane, c);
+      if (row >= p.rows) continue;
+      const float bias = p.bias ? p.bias[row] : 0.0f;
+#pragma unroll
+      for (int column = 0; column < S::COLUMNS; column++) {
+        const int token = column * 8 + accumulator_token(lane, c);
+        if (token >= p.n) continue;
+        const int64_t place = token * p.y_stride + row;
+        const float value = sums[m][column][c] + bias;
+        if (p.float_y) {
+          static_cast<float*>(p.y)[place] = value;
+        } else {
+          static_cast<uint16_t*>(p.y)[place] = T::from_float(value);
+        }
+      }
+    }
+  }
+}
+
+// A thread's values in a slot of the workspace, 16 bytes each, neighbours next to each other.
+template <class S>
+__device__ inline float4* partials(const Params& p, int slot) {
+  return reinterpret_cast<float4*>(p.workspace) + int64_t(slot) * 2 * S::COLUMNS * THREADS + threadIdx.x;
+}
+
+// Leaves this block's part of a shared row block. True in the one block that came last: its sums are then the whole.
+template <class S>
+__device__ inline bool combine(const Params& p, const Split& split, int row_block, int* came_last, Sums<S>& sums) {
+  float4* own = partials<S>(p, workspace_slot(split, p.k_tiles, blockIdx.x, row_block));
+#pragma unroll
+  for (int i = 0; i < 2 * S::COLUMNS; i++) {
+    const float(&v)[4] = sums[i / S::COLUMNS][i % S::COLUMNS];
+    store_shared_by_all(own + i * THREADS, float4{v[0], v[1], v[2], v[3]});
+  }
+  const int first = split.block_of(row_block * p.k_tiles), last = split.block_of((row_block + 1) * p.k_tiles - 1);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *came_last = atomicAdd(p.arrivals + row_block, 1) == last - first;
+  __syncthreads();
+  if (!*came_last) return false;
+  __threadfence();
+  for (int block = first; block <= last; block++) {
+    const float4* part = partials<S>(p, workspace_slot(split, p.k_tiles, block, row_block));
+#pragma unroll
+    for (int i = 0; i < 2 * S::COLUMNS; i++) {
+      const float4 v = load_shared_by_all(part + i * THREADS);
+      float(&sum)[4] = sums[i / S::COLUMNS][i % S::COLUMNS];
+      sum[0] = block == first ? v.x : sum[0] + v.x;
+      sum[1] = block == first ? v.y : sum[1] + v.y;
+      sum[2] = block == first ? v.z : sum[2] + v.z;
+      sum[3] = block == first ? v.w : sum[3] + v.w;
+    }
+  }
+  if (threadIdx.x == 0) p.arrivals[row_block] = 0;  // for the next launch
+  return true;
+}
+
+template <class S, class T, template <class> class RingOf>
+__device__ inline void matmul(const Params& p, uint8_t* memory) {
+  const Split split{p.row_blocks * p.k_tiles, int(gridDim.x)};
+  const int end = split.first(blockIdx.x + 1), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int* came_last = reinterpret_cast<int*>(memory + S::STAGES * S::STAGE_BYTES + RESERVED / 2);
+  int tile = split.first(blockIdx.x);
+  RingOf<S> ring(p, memory, tile, end);
+  while (tile < end) {
+    const int row_block = tile / p.k_tiles, begin = row_block * p.k_tiles, until = begin + p.k_tiles;
+    const bool whole = tile == begin && until <= end;
+    Sums<S> sums = {};
+    for (; tile < until && tile < end; tile++) multiply<S, T>(ring.next(), warp, lane, p.bfloat_scales, sums);
+    if (whole || combine<S>(p, split, row_block, came_last, sums)) store<S, T>(p, row_block, warp, lane, sums);
+  }
+}
+
+}  // namespace quantspec

@@ -1,0 +1,64 @@
+// Codes become pairs of half or bfloat, exactly: integers from -8 to 7, or from -128 to 127. Scales come later, on sums.
+//
+// A small integer written into the mantissa of a large power of two is a float; subtracting the power leaves it.
+#pragma once
+
+namespace quantspec {
+
+struct Half {
+  __device__ static float to_float(uint16_t bits) { return float_of_half(bits); }
+  __device__ static uint16_t from_float(float value) { return half_of_float(value); }
+  __device__ static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+    mma_half(c, a0, a1, a2, a3, b0, b1);
+  }
+
+  __device__ static void expand4(uint32_t word, uint32_t (&pairs)[4]) {
+    constexpr uint32_t K1024 = 0x64006400, K1032 = 0x64086408, SIXTEENTH = 0x2C002C00, MINUS72 = 0xD480D480;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2, word >>= 8) {
+      pairs[i] = half2_sub(and_or(word, 0x000F000F, K1024), K1032);
+      pairs[i + 1] = half2_fma(and_or(word, 0x00F000F0, K1024), SIXTEENTH, MINUS72);  // (1024 + 16 q) / 16 - 72
+    }
+  }
+
+  __device__ static void expand8(uint32_t low, uint32_t high, uint32_t (&pairs)[4]) {
+    constexpr uint32_t BYTE = 0x64646464, K1152 = 0x64806480;
+    pairs[0] = half2_sub(permute(low, BYTE, 0x4140), K1152);
+    pairs[1] = half2_sub(permute(low, BYTE, 0x4342), K1152);
+    pairs[2] = half2_sub(permute(high, BYTE, 0x4140), K1152);
+    pairs[3] = half2_sub(permute(high, BYTE, 0x4342), K1152);
+  }
+};
+
+struct BFloat {
+  __device__ static float to_float(uint16_t bits) { return float_of_bfloat(bits); }
+  __device__ static uint16_t from_float(float value) { return bfloat_of_float(value); }
+  __device__ static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+    mma_bfloat(c, a0, a1, a2, a3, b0, b1);
+  }
+
+  __device__ static void expand4(uint32_t word, uint32_t (&pairs)[4]) {
+    constexpr uint32_t K128 = 0x43004300, ONE = 0x3F803F80, MINUS136 = 0xC308C308;
+#pragma unroll
+    for (int i = 0; i < 4; i++, word >>= 4) {  // seven bits of mantissa: every pair needs its own shift
+      pairs[i] = bfloat2_fma(and_or(word, 0x000F000F, K128), ONE, MINUS136);
+    }
+  }
+
+  __device__ static void expand8(uint32_t low, uint32_t high, uint32_t (&pairs)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // eight bits do not fit the mantissa: by way of fp32, 2^23 + code
+      const uint32_t word = i < 2 ? low : high, selector = 0x7440 + i % 2 * 2;
+      pairs[i] = bfloat2_of(number(word, selector), number(word, selector + 1));
+    }
+  }
+
+ private:
+  __device__ static float number(uint32_t word, uint32_t selector) {
+    return as_float(permute(word, 0x4B000000, selector)) - 8388736.0f;
+  }
+};
+
+}  // namespace quantspec

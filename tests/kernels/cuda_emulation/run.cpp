@@ -1,0 +1,73 @@
+// The kernels' own code on the emulated device, and their index functions, for Python.
+#include "device.h"
+
+#include "../../../kernels/cuda/src/matmul.h"
+
+namespace quantspec {
+
+template <class S, class T, template <class> class RingOf>
+int launch(const Params& p, int blocks, const int32_t* order, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<uint64_t> memory((S::STAGES * S::STAGE_BYTES + RESERVED) / 8 + 2);
+  uint8_t* aligned = reinterpret_cast<uint8_t*>((uintptr_t(memory.data()) + 15) / 16 * 16);
+  gridDim.x = blocks;
+  for (int i = 0; i < blocks; i++) {
+    blockIdx.x = order[i];
+    std::fill(memory.begin(), memory.end(), ~uint64_t(0));
+    auto body = [&] { matmul<S, T, RingOf>(p, aligned); };
+    if (!emulation::run_block(THREADS, random, body)) return 1;
+  }
+  return 0;
+}
+
+template <int BITS, class T, int COLUMNS>
+int with_ring(bool bulk, const Params& p, int blocks, const int32_t* order, uint32_t seed) {
+  // Few stages, so that short sums go round the ring: two is the least that works.
+  constexpr int STAGE = Shape<BITS, COLUMNS, 1 << 20>::STAGE_BYTES;
+  if (bulk) return launch<Shape<BITS, COLUMNS, RESERVED + 3 * STAGE>, T, BulkRing>(p, blocks, order, seed);
+  constexpr int STAGES = COLUMNS == 8 ? 2 : 4;
+  return launch<Shape<BITS, COLUMNS, RESERVED + STAGES * STAGE>, T, AsyncRing>(p, blocks, order, seed);
+}
+
+template <int BITS, class T>
+int with_columns(int columns, bool bulk, const Params& p, int blocks, const int32_t* order, uint32_t seed) {
+  if (columns == 1) return with_ring<BITS, T, 1>(bulk, p, blocks, order, seed);
+  if (columns == 2) return with_ring<BITS, T, 2>(bulk, p, blocks, order, seed);
+  if (columns == 4) return with_ring<BITS, T, 4>(bulk, p, blocks, order, seed);
+  return with_ring<BITS, T, 8>(bulk, p, blocks, order, seed);
+}
+
+}  // namespace quantspec
+
+// 0, or 1 where threads wait for each other forever. `order` is the order in which blocks run.
+extern "C" int emulate(int bits, int bfloat, int columns, int bulk, const quantspec::Params* p, int blocks,
+                       const int32_t* order, uint32_t seed) {
+  using namespace quantspec;
+  if (bits == 4) {
+    return bfloat ? with_columns<4, BFloat>(columns, bulk, *p, blocks, order, seed)
+                  : with_columns<4, Half>(columns, bulk, *p, blocks, order, seed);
+  }
+  return bfloat ? with_columns<8, BFloat>(columns, bulk, *p, blocks, order, seed)
+                : with_columns<8, Half>(columns, bulk, *p, blocks, order, seed);
+}
+
+extern "C" int params_size() { return sizeof(quantspec::Params); }
+extern "C" int split_first(int tiles, int blocks, int block) { return quantspec::Split{tiles, blocks}.first(block); }
+extern "C" int split_block_of(int tiles, int blocks, int tile) {
+  return quantspec::Split{tiles, blocks}.block_of(tile);
+}
+extern "C" int slot(int tiles, int blocks, int k_tiles, int block, int row_block) {
+  return quantspec::workspace_slot({tiles, blocks}, k_tiles, block, row_block);
+}
+
+// All pairs of codes that a word expands to, as their bits.
+extern "C" void expand(int bits, int bfloat, uint32_t low, uint32_t high, uint32_t* out) {
+  using namespace quantspec;
+  uint32_t pairs[4];
+  if (bits == 4) {
+    bfloat ? BFloat::expand4(low, pairs) : Half::expand4(low, pairs);
+  } else {
+    bfloat ? BFloat::expand8(low, high, pairs) : Half::expand8(low, high, pairs);
+  }
+  std::copy(pairs, pairs + 4, out);
+}
