@@ -1,0 +1,42 @@
+"""Compiles the Triton kernels for NVIDIA GPUs, which takes none: the interpreter accepts more than the compiler does.
+Prints one line per kernel. Run by ``test_triton_compile.py`` in a process where no interpreter is chosen."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from triton import compile as compile_for
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from quantspec.kernels.triton import attention, cache, norm, rope, sampling, swiglu
+
+ATTEND = {"GROUP": 4, "D": 128, "TILE": 16, "CHUNK": 256, "STEP": 64, "BLOCK": 128}
+
+
+def build(capability: int, kernel: Any, pointers: str, floats: str = "", **constants: object) -> None:
+    """``pointers``: the type behind each pointer argument, in order (those come first); other numbers are int32."""
+    types = pointers.split()
+    signature = {}
+    for i, name in enumerate(kernel.arg_names):
+        scalar = "fp32" if name in floats.split() else "i32"
+        signature[name] = f"*{types[i]}" if i < len(types) else "constexpr" if name in constants else scalar
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
+    built = compile_for(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", capability, 32))
+    products = "mma" if "mma.sync" in built.asm["ptx"] else "-"
+    sys.stdout.write(f"{kernel.__name__} {capability} {products} {built.metadata.shared}\n")
+
+
+chunk, combined = "bf16 bf16 bf16 i32 i32 i32 fp32 fp32 fp32", "fp32 fp32 fp32 i32 i32 bf16"
+build(80, attention._attend_chunk, chunk, WINDOW=0, **ATTEND)
+build(90, attention._attend_chunk, chunk, WINDOW=1000, **ATTEND)
+build(90, attention._attend_chunk, chunk.replace("bf16", "fp32"), WINDOW=0, **{**ATTEND, "D": 80, "STEP": 32})
+build(90, attention._combine, combined, WINDOW=1000, D=80, CHUNK=256, BLOCK=128)
+build(90, norm._rms_norm, "bf16 bf16 bf16 bf16 bf16", "eps", WIDTH=4096, BLOCK=4096, ADD=True)
+build(90, swiglu._swiglu, "bf16 bf16", WIDTH=14336, BLOCK=1024)
+heads = {"HEADS": 32, "KV_HEADS": 8, "D": 128, "BLOCK": 128}
+build(90, rope._rope, "bf16 fp32 fp32 bf16 i32 i32 bf16 bf16", "eps scale", NORM=True, **heads)
+build(90, cache._commit, "bf16 i32 i32", D=80, BLOCK=16, COLUMNS=32)
+build(90, sampling._best_of_blocks, "fp32 i64 i64 fp32 i32", VOCAB=128256, BLOCK=2048, NOISE=True)
+build(90, sampling._best_of_row, "fp32 i32 fp32 i64", BLOCKS=63, PADDED=64)
