@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
 from quantspec.errors import UsageError
@@ -126,6 +127,19 @@ def _avx512() -> str | None:
     return f"torch has an int4 kernel for AVX-512 and AMX; here ({found}) it is 5 to 13 times slower than dense fp32"
 
 
+@cache
+def _triton() -> str | None:
+    if find_spec("triton") is None:
+        return "the triton package is not installed"
+    if (missing := _no_cuda()) is not None:
+        return missing
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    old = f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name()} has {major}.{minor}"
+    return None if major >= 8 else old
+
+
 _EXACT = Backend(
     name="reference-exact",
     summary="plain torch, weights expanded to fp32",
@@ -169,8 +183,18 @@ _TORCH_INT4 = replace(
     channel=False,
     missing=_avx512,
 )
-BACKENDS = (_CPU_INT8, _CPU_FP32, _TORCH_INT4, _FAST, _EXACT)
-"""Fastest first."""
+_TRITON = replace(
+    _FAST,
+    name="triton",
+    summary="packed weights in Triton's kernels, the rest plain torch",
+    devices=("cuda",),
+    dtypes=("float32", "float16", "bfloat16"),
+    bits=tuple(range(2, 9)),
+    group_sizes=range(32, 2**31, 32),
+    missing=_triton,
+)
+BACKENDS = (_CPU_INT8, _CPU_FP32, _TORCH_INT4, _FAST, _EXACT, _TRITON)
+"""Fastest first; Triton's last, to be asked for by name, until it is measured on a device and its rows are compared."""
 
 NATIVE = (_CPU_INT8.name, _CPU_FP32.name)
 """Those that run a whole forward in one call, on threads of their own."""

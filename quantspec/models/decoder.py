@@ -13,14 +13,14 @@ from quantspec.kernels import reference
 from quantspec.kernels.invariance import attention_is_invariant, choose_tiling, elementwise_is_invariant
 from quantspec.kernels.reference import Linear, Tiling, rms_norm, rotate, swiglu
 from quantspec.kernels.spans import MAX_TREE, ROWS, Span, is_chain, make_spans
-from quantspec.kernels.torch_int4 import TorchInt4Linear
 from quantspec.models.base import Cache, Output
 from quantspec.models.cache import KVCache
 from quantspec.models.config import ModelConfig
 from quantspec.models.rope import RopeTable
 from quantspec.types import Batch, Tap
 
-Matmul = Linear | TorchInt4Linear
+Matmul = Callable[[Tensor], Tensor]
+"""``[n, K]`` to ``[n, N]``: a ``reference.Linear``, or a layer of packed weights in its place."""
 Attend = Callable[[Tensor, Tensor, Tensor, Span], Tensor]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +19,15 @@ from quantspec.kernels.torch_int4 import TorchInt4Linear
 from quantspec.models.atomic import verify_manifest
 from quantspec.models.base import CausalModel
 from quantspec.models.config import ModelConfig, UnsupportedModel, read_config
-from quantspec.models.decoder import Decoder, Layer
+from quantspec.models.decoder import Decoder, Layer, Matmul
 from quantspec.models.resolve import resolve
 from quantspec.models.weights import Fused, LayerNames, Weights, join, to_dense
 from quantspec.numerics.affine import QuantizedWeight
 
 if TYPE_CHECKING:
     from quantspec.models.cpu_decoder import CpuDecoder
+
+Packer = Callable[[QuantizedWeight, Tensor | None], Matmul]
 
 
 def load_model(
@@ -80,9 +84,20 @@ def _load(folder: Path, config: ModelConfig, device: torch.device, backend: disp
         from quantspec.models.load_cpu import load_cpu_decoder
 
         return load_cpu_decoder(folder, config, backend.activations)
-    decoder = load_decoder(folder, config, device, backend.row_invariant, int4=backend.name == "torch-int4")
+    decoder = load_decoder(folder, config, device, backend.row_invariant, _packer(backend.name, device))
     decoder.backend = backend.name
     return decoder
+
+
+def _packer(backend: str, device: torch.device) -> Packer | None:
+    """What keeps quantized weights packed in the eager decoder; None: they are expanded."""
+    if backend == "torch-int4":
+        return TorchInt4Linear
+    if backend == "triton":
+        from quantspec.kernels.triton.linear import TritonLinear
+
+        return partial(TritonLinear, device=device)
+    return None
 
 
 def _device_kind(device: str) -> str:
@@ -95,20 +110,22 @@ def _device_kind(device: str) -> str:
     return kind
 
 
-def load_decoder(folder: Path, config: ModelConfig, device: torch.device, exact: bool, int4: bool = False) -> Decoder:
-    """The eager decoder of a checkpoint. ``int4``: 4-bit weights stay packed, for torch's operator. Raises
-    ``ModelError``: a tensor is missing, misshapen or left over."""
+def load_decoder(
+    folder: Path, config: ModelConfig, device: torch.device, exact: bool, pack: Packer | None = None
+) -> Decoder:
+    """The eager decoder of a checkpoint. ``pack`` makes the layers whose weights are quantized. Raises ``ModelError``:
+    a tensor is missing, misshapen or left over."""
     weights, hidden = Weights(folder, config), config.hidden_size
 
     def dense(name: str, *shape: int) -> Tensor:
         return weights.dense(name, shape).to(device)
 
-    def linear(fused: Fused) -> Linear | TorchInt4Linear:
+    def linear(fused: Fused) -> Matmul:
         parts = [weights.linear(name, (size, fused.in_features)) for name, size in fused.parts]
         bias = weights.bias(fused)
         packed = [part for part in parts if isinstance(part, QuantizedWeight)]
-        if int4 and len(packed) == len(parts):
-            return TorchInt4Linear(join(packed), bias)
+        if pack is not None and len(packed) == len(parts):
+            return pack(join(packed), bias)
         dense = torch.cat([to_dense(part) for part in parts])
         return Linear(dense.to(device), None if bias is None else bias.to(device))
 

@@ -122,9 +122,10 @@ def test_a_name_that_nobody_has() -> None:
 def test_nothing_serves_and_every_backend_says_why(request_: Request, reason: str) -> None:
     with pytest.raises(UsageError, match="no kernel for") as caught:
         choose(request_)
-    assert [each.split(" ", 1) for each in (caught.value.hint or "").split("; ")] == [
-        [name, reason] for name in BY_NAME
-    ]
+    reasons = dict(each.split(" ", 1) for each in (caught.value.hint or "").split("; "))
+    assert list(reasons) == list(BY_NAME)
+    assert reasons.pop("triton") == f"does not run on {request_.device}"
+    assert set(reasons.values()) == {reason}
 
 
 def test_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +138,47 @@ def test_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch._no_cuda.cache_clear()
     assert "reference-fast there is no CUDA device that torch can use" in (caught.value.hint or "")
     assert "cpu-int8 does not run on cuda" in (caught.value.hint or "")
+
+
+def test_triton_is_there_by_name_alone(machine: dict[str, str | None]) -> None:
+    on_gpu = replace(W4, device="cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_no_cuda", lambda: None)
+        assert choose(on_gpu).name == "reference-fast"
+        assert choose(on_gpu, "triton").name == "triton"
+        for refused, reason in (
+            (replace(on_gpu, row_invariant=True), "its rows change with the width"),
+            (replace(on_gpu, group_size=40), "has no groups of 40"),
+            (replace(on_gpu, bits=16), "needs quantized weights"),
+        ):
+            with pytest.raises(UsageError, match=reason):
+                choose(refused, "triton")
+
+
+@pytest.mark.parametrize(
+    "installed,cuda,capability,reason",
+    [
+        (False, True, (9, 0), "the triton package is not installed"),
+        (True, False, (9, 0), "there is no CUDA device that torch can use"),
+        (True, True, (7, 5), "its kernels need compute capability 8.0, and Some GPU has 7.5"),
+        (True, True, (8, 0), None),
+    ],
+)
+def test_what_triton_needs(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, cuda: bool, capability: tuple[int, int], reason: str | None
+) -> None:
+    monkeypatch.setattr(dispatch, "find_spec", lambda _: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    caches = (dispatch._triton, dispatch._no_cuda)
+    for each in caches:
+        each.cache_clear()
+    try:
+        assert BY_NAME["triton"].missing() == reason
+    finally:
+        for each in caches:
+            each.cache_clear()
 
 
 @pytest.mark.parametrize("capability,usable", [("AVX2", False), ("DEFAULT", False), ("AVX512", True), ("AMX", True)])
