@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantspec.kernels import reference
+from quantspec.kernels.spans import make_spans
+
 attention = pytest.importorskip("quantspec.kernels.triton.attention", reason="triton is not installed")
 rows_of = pytest.importorskip("quantspec.kernels.triton.rows", reason="triton is not installed").Rows.of
 
@@ -71,6 +74,15 @@ def test_window(window: int, triton_device: torch.device) -> None:
     q, keys, values = make(3, 1, 16, 510, len(TREE))
     rows = rows_of(TREE, 510, triton_device)
     assert_near(attention.attention(q, keys, values, rows, window), q, keys, values, rows, window)
+
+
+@pytest.mark.parametrize("window", [None, 3, 100])
+def test_agrees_with_the_reference_backend(window: int | None, triton_device: torch.device) -> None:
+    q, keys, values = make(4, 2, 16, 266, len(TREE) + 3)  # 280 slots and more, as the reference reads them by 16
+    q = q[: len(TREE)].clone()
+    (span,) = make_spans(266, TREE, window, 2, triton_device)
+    out = attention.attention(q, keys, values, rows_of(TREE, 266, triton_device), window)
+    torch.testing.assert_close(out, reference.attend(q, keys, values, span), rtol=0, atol=2 * TOLERANCE[torch.float32])
 
 
 def alone(

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantspec.types import Batch
+
 norm = pytest.importorskip("quantspec.kernels.triton.norm", reason="triton is not installed")
 swiglu = pytest.importorskip("quantspec.kernels.triton.swiglu", reason="triton is not installed")
 rope = pytest.importorskip("quantspec.kernels.triton.rope", reason="triton is not installed")
@@ -143,6 +145,14 @@ def test_commit(accepted: Sequence[int], launches: Launches) -> None:
     assert torch.equal(moved, expected)
     assert torch.equal(moved[:, :, 11 : 11 + len(accepted)], kv[:, :, [11 + row for row in accepted]])
     assert counts["_commit"] == 1
+
+
+def test_rows_stand_where_the_batch_says(triton_device: torch.device) -> None:
+    for parents in (TREE, (-1,), (-1, 0, 1), (-1, -1, -1)):
+        batch, rows = Batch.of([(range(len(parents)), parents)], [9]), rows_of(parents, 9, triton_device)
+        assert tuple((rows.cached + rows.depths).tolist()) == batch.positions()
+        paths = zip(rows.paths.tolist(), rows.depths.tolist(), strict=True)
+        assert tuple(tuple(path[: depth + 1]) for path, depth in paths) == batch.ancestors()
 
 
 def test_arguments_are_checked(triton_device: torch.device) -> None:
