@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +30,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True if a computation failed for want of memory."""
     plain = isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_MESSAGES)
     return plain or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+# OpenMP's threads do not live on in a forked child, and torch would wait for them for ever. One thread needs no others;
+# native kernels make a pool of their own in a child.
+os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 @contextmanager

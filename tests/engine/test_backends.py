@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +121,34 @@ def test_threads_are_the_native_kernels_too() -> None:
     finally:
         library.set_threads(native)
         torch.set_num_threads(before)
+
+
+FORKED = """
+import os, sys, torch, quantspec
+backend = sys.argv[1]
+torch.set_num_threads(2)
+llm = quantspec.load("default", backend=backend, threads=2)
+params = quantspec.SamplingParams(max_new_tokens=8)
+torch.ones(1_000_000).add_(1)  # torch's threads are there
+plain = llm.generate("Question: 1+1?", params).token_ids
+child = os.fork()
+if child == 0:
+    os._exit(0 if llm.generate("Question: 1+1?", params).token_ids == plain else 3)
+_, status = os.waitpid(child, 0)
+assert torch.get_num_threads() == 2
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.parametrize("backend", ["cpu-int8", "reference-exact"])
+def test_a_forked_child_generates_the_same_text(backend: str) -> None:
+    """In a process of its own: a child that waits for ever ends with it. 60 s are far more than the two texts take."""
+    process = subprocess.Popen([sys.executable, "-c", FORKED, backend], start_new_session=True)
+    try:
+        assert process.wait(timeout=60) == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_dense_model_runs_natively(family: dict[str, Path]) -> None:
