@@ -69,8 +69,9 @@ def stats_line(completion: Completion, legend: bool = False) -> str:
     stats = completion.stats
     line = (
         f"{stats.new_tokens} tokens in {stats.seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s), "
-        f"{stats.target_forwards} target forwards, acceptance length {stats.acceptance_length:.2f} "
-        f"(bonus token included), {stats.method}, {stats.exactness}, seed {completion.seed}"
+        f"{stats.target_forwards} target forward{'s' * (stats.target_forwards != 1)}, "
+        f"acceptance length {stats.acceptance_length:.2f} (bonus token included), "
+        f"{stats.method}, {stats.exactness}, seed {completion.seed}"
     )
     if not legend:
         return line

@@ -228,10 +228,12 @@ def _named(request: Request, name: str) -> Backend:
 
 
 def passed_over(request: Request, chosen: Backend) -> str | None:
-    """Why a faster backend, which could serve the request elsewhere, does not here; None if there is none such."""
+    """Why a faster backend does not serve: what this machine lacks, or the size of the groups; None if neither does."""
+    usual = replace(request, group_size=128)
     for backend in BACKENDS[: BACKENDS.index(chosen)]:
-        if backend.unable(request) is None:
-            return backend.missing()
+        if backend.unable(usual) is None:
+            unable = backend.unable(request)
+            return f"{backend.name} {unable}" if unable else backend.missing()
     return None
 
 
