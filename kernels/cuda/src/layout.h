@@ -3,14 +3,15 @@
 // A weight [N, K] of 4-bit codes is cut into tiles of 256 rows x 128 k (8-bit codes: 64 k), N filled up with rows of
 // zeros. Tiles follow each other along k first; each is one contiguous piece of 16896 bytes:
 //
-//   codes, 16384 bytes: [warp 8][chunk of 32 k][part][lane 32], 16 bytes each | scales, 512 bytes: [warp 8][g 8][slot 4]
+//   codes, 16384 bytes: [warp 8][chunk of 32 k][part][lane 32], 16 bytes each | scales, 512 bytes: [warp 8][g 8][slot
+//   4]
 //
-// A warp owns 32 rows: slot s, group g is row 8 s + g. Lane 4 g + t holds rows of group g and, of every chunk, the eight
-// k from 8 t on. With 4 bits its 16 bytes are one word per slot, and with 8 bits a part holds two words for each of two
-// slots. Eight k in a row make four pairs, a register each: pairs 0 and 1 are a lane's k in one m16n8k16, 2 and 3 in the
-// next. Which k meet in a step is free, as weights and tokens agree on it; so nothing is shuffled, and tokens are read in
-// their natural order, eight k at a time. Nibble i of a 4-bit word is k = [0, 2, 4, 6, 1, 3, 5, 7][i], stored as q + 8:
-// one mask leaves a pair, its halves 16 bits apart. 8-bit codes are stored as q + 128 in order of k.
+// A warp owns 32 rows: slot s, group g is row 8 s + g. Lane 4 g + t holds rows of group g and, of every chunk, the
+// eight k from 8 t on. With 4 bits its 16 bytes are one word per slot, and with 8 bits a part holds two words for each
+// of two slots. Eight k in a row make four pairs, a register each: pairs 0 and 1 are a lane's k in one m16n8k16, 2 and
+// 3 in the next. Which k meet in a step is free, as weights and tokens agree on it; so nothing is shuffled, and tokens
+// are read in their natural order, eight k at a time. Nibble i of a 4-bit word is k = [0, 2, 4, 6, 1, 3, 5, 7][i],
+// stored as q + 8: one mask leaves a pair, its halves 16 bits apart. 8-bit codes are stored as q + 128 in order of k.
 #pragma once
 
 #ifdef __CUDACC__
@@ -31,11 +32,11 @@ constexpr int RESERVED = 128;  // shared memory behind the stages: their barrier
 
 struct Params {  // mirrored in packed.py
   const uint8_t* weights;
-  const void* x;       // [n, K], 16-byte aligned rows
-  void* y;             // [n, rows]
-  const float* bias;   // [rows], or null
-  float* workspace;    // partial sums: two slots for each block
-  int32_t* arrivals;   // [row_blocks], zero before and after
+  const void* x;               // [n, K], 16-byte aligned rows
+  void* y;                     // [n, rows]
+  const float* bias;           // [rows], or null
+  float* workspace;            // partial sums: two slots for each block
+  int32_t* arrivals;           // [row_blocks], zero before and after
   int64_t x_stride, y_stride;  // values between rows
   int32_t n, rows, row_blocks, k_tiles;
   int32_t bfloat_scales;  // else half
@@ -84,7 +85,8 @@ struct Split {
   QS_BOTH constexpr int block_of(int tile) const { return int(((int64_t(tile) + 1) * blocks - 1) / tiles); }
 };
 
-// Where a block leaves its part of a row block that it shares: it shares two at most, the first and the last it touches.
+// Where a block leaves its part of a row block that it shares: it shares two at most, the first and the last it
+// touches.
 QS_BOTH constexpr int workspace_slot(const Split& split, int k_tiles, int block, int row_block) {
   return 2 * block + (split.first(block) / k_tiles != row_block);
 }

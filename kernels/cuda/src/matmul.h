@@ -15,21 +15,19 @@ namespace quantspec {
 template <class S>
 using Sums = float[2][S::COLUMNS][4];  // two times 16 rows, columns of 8 tokens, a lane's accumulators
 
+// A lane's codes of one chunk, as pairs [slot][pair].
 template <class S, class T>
-__device__ inline void expand(const uint8_t* stage, int warp, int chunk, int lane, uint32_t (&pairs)[4][4]) {
-  const uint4* codes = reinterpret_cast<const uint4*>(stage);
+__device__ inline void expand(const uint4 (&codes)[S::PARTS], uint32_t (&pairs)[4][4]) {
   if constexpr (S::BITS == 4) {
-    const uint4 words = codes[code_vector<S>(warp, chunk, 0, lane)];
-    T::expand4(words.x, pairs[0]);
-    T::expand4(words.y, pairs[1]);
-    T::expand4(words.z, pairs[2]);
-    T::expand4(words.w, pairs[3]);
+    T::expand4(codes[0].x, pairs[0]);
+    T::expand4(codes[0].y, pairs[1]);
+    T::expand4(codes[0].z, pairs[2]);
+    T::expand4(codes[0].w, pairs[3]);
   } else {
 #pragma unroll
     for (int part = 0; part < 2; part++) {
-      const uint4 words = codes[code_vector<S>(warp, chunk, part, lane)];
-      T::expand8(words.x, words.y, pairs[2 * part]);
-      T::expand8(words.z, words.w, pairs[2 * part + 1]);
+      T::expand8(codes[part].x, codes[part].y, pairs[2 * part]);
+      T::expand8(codes[part].z, codes[part].w, pairs[2 * part + 1]);
     }
   }
 }
@@ -40,8 +38,13 @@ __device__ inline void multiply(const uint8_t* stage, int warp, int lane, bool b
   Sums<S> products = {};
 #pragma unroll
   for (int chunk = 0; chunk < S::CHUNKS; chunk++) {
+    uint4 codes[S::PARTS];
+#pragma unroll
+    for (int part = 0; part < S::PARTS; part++) {
+      codes[part] = reinterpret_cast<const uint4*>(stage)[code_vector<S>(warp, chunk, part, lane)];
+    }
     uint32_t pairs[4][4];
-    expand<S, T>(stage, warp, chunk, lane, pairs);
+    expand<S, T>(codes, pairs);
 #pragma unroll
     for (int column = 0; column < S::COLUMNS; column++) {
       const uint4 x = *reinterpret_cast<const uint4*>(stage + token_offset<S>(column, chunk, lane));
@@ -132,13 +135,13 @@ __device__ inline bool combine(const Params& p, const Split& split, int row_bloc
   return true;
 }
 
-template <class S, class T, template <class> class RingOf>
+template <class S, class T, bool BULK>
 __device__ inline void matmul(const Params& p, uint8_t* memory) {
   const Split split{p.row_blocks * p.k_tiles, int(gridDim.x)};
   const int end = split.first(blockIdx.x + 1), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int* came_last = reinterpret_cast<int*>(memory + S::STAGES * S::STAGE_BYTES + RESERVED / 2);
   int tile = split.first(blockIdx.x);
-  RingOf<S> ring(p, memory, tile, end);
+  Ring<S, BULK> ring(p, memory, tile, end);
   while (tile < end) {
     const int row_block = tile / p.k_tiles, begin = row_block * p.k_tiles, until = begin + p.k_tiles;
     const bool whole = tile == begin && until <= end;

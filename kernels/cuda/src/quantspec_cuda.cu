@@ -1,31 +1,28 @@
-// The CUDA kernels, by name: qs_w{4,8}_{half,bfloat}_n{8,16,32,64}. QS_MEMORY is the shared memory they are started with.
+// The CUDA kernels, by name: qs_w{4,8}_{half,bfloat}_n{8,16,32,64}. QS_MEMORY is the shared memory they are started
+// with.
 #include "ptx.h"
 
 #include "matmul.h"
 
-namespace quantspec {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-template <class S>
-using ChosenRing = BulkRing<S>;
+constexpr bool QS_BULK = true;
 #else
-template <class S>
-using ChosenRing = AsyncRing<S>;
+constexpr bool QS_BULK = false;
 #endif
-}  // namespace quantspec
 
 extern __shared__ __align__(128) uint8_t qs_memory[];
 
-#define QS_KERNEL(bits, name, type, columns, tokens)                                                   \
-  extern "C" __global__ void __launch_bounds__(quantspec::THREADS, 1)                                  \
-      qs_w##bits##_##name##_n##tokens(const __grid_constant__ quantspec::Params p) {                   \
-    using namespace quantspec;                                                                         \
-    matmul<Shape<bits, columns, QS_MEMORY>, type, ChosenRing>(p, qs_memory);                           \
+#define QS_KERNEL(bits, name, type, columns, tokens)                                 \
+  extern "C" __global__ void __launch_bounds__(quantspec::THREADS, 1)                \
+      qs_w##bits##_##name##_n##tokens(const __grid_constant__ quantspec::Params p) { \
+    using namespace quantspec;                                                       \
+    matmul<Shape<bits, columns, QS_MEMORY>, type, QS_BULK>(p, qs_memory);            \
   }
 
-#define QS_WIDTHS(bits, name, type)   \
-  QS_KERNEL(bits, name, type, 1, 8)   \
-  QS_KERNEL(bits, name, type, 2, 16)  \
-  QS_KERNEL(bits, name, type, 4, 32)  \
+#define QS_WIDTHS(bits, name, type)  \
+  QS_KERNEL(bits, name, type, 1, 8)  \
+  QS_KERNEL(bits, name, type, 2, 16) \
+  QS_KERNEL(bits, name, type, 4, 32) \
   QS_KERNEL(bits, name, type, 8, 64)
 
 QS_WIDTHS(4, half, Half)

@@ -1,106 +1,101 @@
 // A ring of stages in shared memory: tiles of weights and of tokens are on their way while earlier ones are used.
-//
-// Both kinds have one rhythm: `next` waits for the oldest tile, and once every thread has, has the stage of the tile
-// before it filled anew. All threads call it together.
 #pragma once
 
 namespace quantspec {
 
-template <class S>
+// Weights come 16 bytes a thread at a time, from sm_80 on; or, with BULK, a tile at once, from sm_90 on. Tokens come 16
+// bytes at a time either way: their rows are short, and one thread can start but one bulk copy after the other.
+template <class S, bool BULK>
 class Ring {
  public:
   __device__ Ring(const Params& p, uint8_t* memory, int first, int end)
-      : p_(p), memory_(memory), policy_(evict_first()), fetched_(first), end_(end) {}
-
- protected:
-  __device__ uint8_t* stage(int count) const { return memory_ + count % S::STAGES * S::STAGE_BYTES; }
-  __device__ const uint8_t* weights() const { return p_.weights + int64_t(fetched_) * TILE_BYTES; }
-  // Rows past n repeat the last one: their columns are never stored.
-  __device__ const uint8_t* tokens(int row) const {
-    const int64_t values = (row < p_.n ? row : p_.n - 1) * p_.x_stride + fetched_ % p_.k_tiles * S::TILE_K;
-    return static_cast<const uint8_t*>(p_.x) + 2 * values;
-  }
-
-  const Params& p_;
-  uint8_t* memory_;
-  uint64_t policy_;
-  int fetched_, end_;  // the next tile to be asked for, and the one past the last
-  int asked_ = 0, used_ = 0;
-};
-
-// From sm_80 on: every thread asks for 16 bytes at a time.
-template <class S>
-class AsyncRing : Ring<S> {
- public:
-  __device__ AsyncRing(const Params& p, uint8_t* memory, int first, int end) : Ring<S>(p, memory, first, end) {
+      : p_(p),
+        memory_(memory),
+        weights_(p.weights + int64_t(first) * TILE_BYTES),
+        policy_(evict_first()),
+        k_tile_(first % p.k_tiles),
+        left_(end - first) {
+    if constexpr (BULK) {
+      if (threadIdx.x == 0) {
+        for (int i = 0; i < S::STAGES; i++) barrier_init(barrier(i));
+        barriers_visible();
+      }
+      __syncthreads();
+    }
+#pragma unroll 1
     for (int i = 0; i < S::STAGES - 1; i++) fetch();
   }
 
+  // Waits for the oldest tile, and has the stage of the one before it filled anew, which every thread has left by then.
+  // All threads call it together.
   __device__ const uint8_t* next() {
     copies_wait<S::STAGES - 2>();
+    if constexpr (BULK) barrier_wait(barrier(using_), phase_);
     __syncthreads();
     fetch();
-    return this->stage(this->used_++);
+    const uint8_t* stage = memory_ + using_ * S::STAGE_BYTES;
+    using_ = after(using_);
+    phase_ ^= using_ == 0;
+    return stage;
   }
 
  private:
   __device__ void fetch() {
-    uint8_t* stage = this->stage(this->asked_++);
-    if (this->fetched_ < this->end_) {
-      const uint8_t* weights = this->weights();
-      for (int i = threadIdx.x * 16; i < TILE_BYTES; i += THREADS * 16) copy16(stage + i, weights + i, this->policy_);
-      constexpr int PIECES = S::TOKEN_BYTES / 16;
-      for (int i = threadIdx.x; i < S::TOKENS * PIECES; i += THREADS) {
-        const int row = i / PIECES, offset = i % PIECES * 16;
-        copy16(stage + TILE_BYTES + row * S::TOKEN_STRIDE + offset, this->tokens(row) + offset);
-      }
-      this->fetched_++;
+    if (left_ > 0) {
+      uint8_t* stage = memory_ + filling_ * S::STAGE_BYTES;
+      copy_weights(stage);
+      copy_tokens(stage + TILE_BYTES);
+      weights_ += TILE_BYTES;
+      k_tile_ = k_tile_ + 1 == p_.k_tiles ? 0 : k_tile_ + 1;
+      left_--;
+      filling_ = after(filling_);
     }
     copies_commit();  // also an empty group, so that the count of pending ones means the same to the end
   }
-};
 
-// From sm_90 on: one warp asks for whole tiles and rows.
-template <class S>
-class BulkRing : Ring<S> {
- public:
-  __device__ BulkRing(const Params& p, uint8_t* memory, int first, int end) : Ring<S>(p, memory, first, end) {
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < S::STAGES; i++) barrier_init(barrier(i));
-      barriers_visible();
-    }
-    __syncthreads();
-    for (int i = 0; i < S::STAGES - 1; i++) fetch();
-  }
-
-  __device__ const uint8_t* next() {
-    barrier_wait(barrier(this->used_), this->used_ / S::STAGES & 1);
-    __syncthreads();
-    fetch();
-    return this->stage(this->used_++);
-  }
-
- private:
-  __device__ uint64_t* barrier(int count) const {
-    return reinterpret_cast<uint64_t*>(this->memory_ + S::STAGES * S::STAGE_BYTES) + count % S::STAGES;
-  }
-
-  __device__ void fetch() {
-    if (threadIdx.x < 32 && this->fetched_ < this->end_) {
-      uint8_t* stage = this->stage(this->asked_);
-      uint64_t* arrived = barrier(this->asked_);
+  __device__ void copy_weights(uint8_t* to) {
+    if constexpr (BULK) {
       if (threadIdx.x == 0) {
-        barrier_expect(arrived, TILE_BYTES + S::TOKENS * S::TOKEN_BYTES);
-        copy_bulk(stage, this->weights(), TILE_BYTES, arrived, this->policy_);
+        barrier_expect(barrier(filling_), TILE_BYTES);
+        copy_bulk(to, weights_, TILE_BYTES, barrier(filling_), policy_);
       }
-      __syncwarp();  // no row may arrive before its bytes are expected
-      for (int row = threadIdx.x; row < S::TOKENS; row += 32) {
-        copy_bulk(stage + TILE_BYTES + row * S::TOKEN_STRIDE, this->tokens(row), S::TOKEN_BYTES, arrived);
-      }
+    } else {
+      each<TILE_BYTES / 16>([&](int i) { copy16(to + 16 * i, weights_ + 16 * i, policy_); });
     }
-    this->fetched_++;
-    this->asked_++;
   }
+
+  __device__ void copy_tokens(uint8_t* to) {
+    constexpr int PIECES = S::TOKEN_BYTES / 16;
+    const uint8_t* x = static_cast<const uint8_t*>(p_.x) + int64_t(k_tile_) * S::TOKEN_BYTES;
+    each<S::TOKENS * PIECES>([&](int i) {
+      const int token = i / PIECES, offset = i % PIECES * 16;
+      const int row = token < p_.n ? token : p_.n - 1;  // columns past n repeat the last one, and are never stored
+      copy16(to + token * S::TOKEN_STRIDE + offset, x + 2 * row * p_.x_stride + offset);
+    });
+  }
+
+  // f(i) for every i < COUNT, shared out over the threads. Unrolled: a loop that began at threadIdx.x was not.
+  template <int COUNT, class F>
+  __device__ static void each(F f) {
+#pragma unroll
+    for (int round = 0; round < (COUNT + THREADS - 1) / THREADS; round++) {
+      const int i = round * THREADS + threadIdx.x;
+      if (COUNT % THREADS == 0 || i < COUNT) f(i);
+    }
+  }
+
+  __device__ uint64_t* barrier(int stage) const {
+    return reinterpret_cast<uint64_t*>(memory_ + S::STAGES * S::STAGE_BYTES) + stage;
+  }
+  __device__ static int after(int stage) { return stage + 1 == S::STAGES ? 0 : stage + 1; }
+
+  const Params& p_;
+  uint8_t* memory_;
+  const uint8_t* weights_;  // of the next tile to be asked for
+  uint64_t policy_;
+  int k_tile_, left_;            // where it is along k; how many are still to be asked for
+  int filling_ = 0, using_ = 0;  // stages
+  int phase_ = 0;                // of the barriers: how often the ring went round, modulo two
 };
 
 }  // namespace quantspec

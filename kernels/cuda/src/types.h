@@ -1,4 +1,5 @@
-// Codes become pairs of half or bfloat, exactly: integers from -8 to 7, or from -128 to 127. Scales come later, on sums.
+// Codes become pairs of half or bfloat, exactly: integers from -8 to 7, or from -128 to 127. Scales come later, on
+// sums.
 //
 // A small integer written into the mantissa of a large power of two is a float; subtracting the power leaves it.
 #pragma once

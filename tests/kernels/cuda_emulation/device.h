@@ -220,7 +220,6 @@ struct ThreadIndex {
 inline ThreadIndex threadIdx;
 
 inline void __syncthreads() { emulation::meet(emulation::block_meeting); }
-inline void __syncwarp() { emulation::meet(emulation::warps[emulation::running / 32].meeting); }
 inline void __threadfence() {}
 inline int atomicAdd(int32_t* address, int value) {
   *address += value;
@@ -303,7 +302,7 @@ inline void barrier_expect(uint64_t* barrier, int bytes) {
   bulk.expected += bytes;
   bulk.count++;
 }
-inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier, uint64_t = 0) {
+inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier, uint64_t) {
   emulation::Bulk& bulk = emulation::barriers.at(barrier);
   emulation::begin_copy(bulk.copies, {shared, global, bytes});
   bulk.count++;

@@ -5,7 +5,7 @@
 
 namespace quantspec {
 
-template <class S, class T, template <class> class RingOf>
+template <class S, class T, bool BULK>
 int launch(const Params& p, int blocks, const int32_t* order, uint32_t seed) {
   std::mt19937 random(seed);
   std::vector<uint64_t> memory((S::STAGES * S::STAGE_BYTES + RESERVED) / 8 + 2);
@@ -14,7 +14,7 @@ int launch(const Params& p, int blocks, const int32_t* order, uint32_t seed) {
   for (int i = 0; i < blocks; i++) {
     blockIdx.x = order[i];
     std::fill(memory.begin(), memory.end(), ~uint64_t(0));
-    auto body = [&] { matmul<S, T, RingOf>(p, aligned); };
+    auto body = [&] { matmul<S, T, BULK>(p, aligned); };
     if (!emulation::run_block(THREADS, random, body)) return 1;
   }
   return 0;
@@ -24,9 +24,9 @@ template <int BITS, class T, int COLUMNS>
 int with_ring(bool bulk, const Params& p, int blocks, const int32_t* order, uint32_t seed) {
   // Few stages, so that short sums go round the ring: two is the least that works.
   constexpr int STAGE = Shape<BITS, COLUMNS, 1 << 20>::STAGE_BYTES;
-  if (bulk) return launch<Shape<BITS, COLUMNS, RESERVED + 3 * STAGE>, T, BulkRing>(p, blocks, order, seed);
+  if (bulk) return launch<Shape<BITS, COLUMNS, RESERVED + 3 * STAGE>, T, true>(p, blocks, order, seed);
   constexpr int STAGES = COLUMNS == 8 ? 2 : 4;
-  return launch<Shape<BITS, COLUMNS, RESERVED + STAGES * STAGE>, T, AsyncRing>(p, blocks, order, seed);
+  return launch<Shape<BITS, COLUMNS, RESERVED + STAGES * STAGE>, T, false>(p, blocks, order, seed);
 }
 
 template <int BITS, class T>
