@@ -37,7 +37,7 @@ class CudaLinear:
         assert workspace.partials.device == self.device
         self.bias = None if bias is None else bias.to(self.device, torch.float32).contiguous()
         self._workspace, self._library = workspace, workspace.library
-        self._blocks = min(self._library.multiprocessors, weight.tiles.shape[0] * weight.tiles.shape[1])
+        self._blocks = blocks_for(weight.tiles.shape[0] * weight.tiles.shape[1], self._library.multiprocessors)
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """``[n, K]`` to ``[n, N]`` in the type of x or in fp32. Raises ``UsageError`` for another shape, type or
@@ -81,6 +81,13 @@ class CudaLinear:
             bfloat_scales=self.weight.scale_dtype == torch.bfloat16,
             float_y=y.dtype == torch.float32,
         )
+
+
+def blocks_for(tiles: int, multiprocessors: int) -> int:
+    """How many blocks share the tiles: the fewest whose longest run is as short as it can be, and never more for more
+    rows, since a row's bits depend on it."""
+    longest = -(-tiles // multiprocessors)
+    return -(-tiles // longest)
 
 
 def _copyable(x: Tensor) -> bool:

@@ -168,7 +168,7 @@ def test_launch(layer: linear.CudaLinear, loaded: tuple[library.Library, FakeDri
     assert layer(x).dtype == torch.bfloat16
     assert layer(x, torch.float32).shape == (11, 300)
     (size, params), (_, second) = loaded[1].launches
-    assert size == (3, 1, 1, 256, 1, 1, 1000)  # a block for each multiprocessor, of four tiles
+    assert size == (2, 1, 1, 256, 1, 1, 1000)  # four tiles on three multiprocessors: two have to take two anyway
     assert (params.n, params.rows, params.row_blocks, params.k_tiles) == (11, 300, 2, 2)
     assert (params.x, params.x_stride, params.y_stride) == (x.data_ptr(), 256, 300)
     assert (params.bias, params.bfloat_scales, params.float_y, second.float_y) == (None, 0, 0, 1)
@@ -193,6 +193,13 @@ def test_wrong_inputs(layer: linear.CudaLinear) -> None:
             layer(x)
     with pytest.raises(UsageError, match="64 rows at a time, not 65"):
         layer(torch.zeros(65, 256).half())
+
+
+@pytest.mark.parametrize(
+    "tiles, blocks", [(1, 1), (131, 131), (132, 132), (133, 67), (512, 128), (3584, 128), (16032, 132)]
+)
+def test_blocks_are_no_more_than_shorten_the_longest_run(tiles: int, blocks: int) -> None:
+    assert linear.blocks_for(tiles, 132) == blocks
 
 
 @pytest.mark.parametrize("n, width", [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (33, 64), (64, 64)])
