@@ -8,18 +8,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, whoever comes first
 
-HELPERS = ("table_model", "tiny_eagle")
+HELPERS = ("table_model", "tiny_eagle", "triton_interpreter")
 
 
 def _load(name: str) -> None:
@@ -47,22 +44,11 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Where Triton kernels run: on the GPU if there is one, else under Triton's interpreter on the CPU. Tensors are
     made there, and random ones are the same in every run."""
     if DEVICE == "cpu":
+        import triton_interpreter
         from triton.runtime import interpreter
 
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", triton_interpreter.dot)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", triton_interpreter.inline_asm)
     torch.manual_seed(0)
     with torch.device(DEVICE):
         yield torch.device(DEVICE)
-
-
-def _dot(builder: Any, a: Any, b: Any, c: Any, *options: object) -> Any:
-    """``a @ b + c`` with every row of a treated alike, as by an ``mma`` instruction. The interpreter's own product is
-    one of BLAS, where a row's bits change with its place, and takes the bits of bf16 for integers."""
-    product = np.matmul(_fp32(a)[:, None, :], _fp32(b)[None])[:, 0]
-    return type(c)(product + c.data, c.dtype.scalar)
-
-
-def _fp32(operand: Any) -> NDArray[np.float32]:
-    if operand.dtype.scalar.is_bf16():
-        return (operand.data.astype(np.uint32) << 16).view(np.float32)
-    return operand.data.astype(np.float32)

@@ -108,14 +108,20 @@ def test_k_in_several_splits(monkeypatch: pytest.MonkeyPatch, bits: int, symmetr
         check(packed(x), x, weight, bias)
 
 
-@pytest.mark.parametrize("dtype", STEP, ids=str)
-@pytest.mark.parametrize("scheme", [Scheme(4, 128), Scheme(4, 32, symmetric=False), Scheme(8, 64)], ids=str)
+@pytest.mark.parametrize(
+    "scheme, dtype",
+    [
+        (Scheme(4, 128), torch.bfloat16), (Scheme(4, 64), torch.float16), (Scheme(8, 64), torch.bfloat16),
+        (Scheme(4, 32, symmetric=False), torch.float32), (Scheme(8, 64, symmetric=False), torch.float32),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_rows_have_the_same_bits_for_every_n(scheme: Scheme, dtype: torch.dtype) -> None:
     packed, x = TritonLinear(random_weight(33, 168, scheme)), rows(64, 168, dtype)
     every = packed(x)
-    for n in (1, 2, 7, 16, 33, 63):
+    for n in (1, 5, 16, 33):
         assert torch.equal(packed(x[:n]), every[:n]), n
-    for n in (1, 3, 17):
+    for n in (1, 17):
         assert torch.equal(packed(x[64 - n :]), every[64 - n :]), n
     order = torch.randperm(64)
     assert torch.equal(packed(x[order]), every[order])
@@ -176,7 +182,7 @@ def test_huge_tiny_and_zero_activations(dtype: torch.dtype) -> None:
     weight.codes[:, :128] = 0
     x = torch.zeros(4, 256, dtype=dtype)
     x[1] = torch.finfo(dtype).tiny
-    x[2, 200], x[3, 5] = torch.finfo(dtype).max / 64, torch.finfo(dtype).max
+    x[2, 200], x[3, 5] = torch.finfo(dtype).max / 64, torch.finfo(dtype).max / 2
     y = TritonLinear(weight)(x)
     assert (y[0] == 0).all()
     assert (y[3] == 0).all()
