@@ -3,13 +3,13 @@
 // A weight [N, K] of 4-bit codes is cut into tiles of 256 rows x 128 k (8-bit codes: 64 k), N filled up with rows of
 // zeros. Tiles follow each other along k first; each is one contiguous piece of 16896 bytes:
 //
-//   codes, 16384 bytes: [warp 8][chunk of 32 k][part][lane 32], 16 bytes each | scales, 512 bytes: [warp 8][g 8][slot
-//   4]
+//   codes, 16384 bytes: [warp 8][chunk of 32 k][part][lane 32], 16 bytes each
+//   scales, 512 bytes:  [warp 8][g 8][slot 4], 2 bytes each
 //
 // A warp owns 32 rows: slot s, group g is row 8 s + g. Lane 4 g + t holds rows of group g and, of every chunk, the
-// eight k from 8 t on. With 4 bits its 16 bytes are one word per slot, and with 8 bits a part holds two words for each
-// of two slots. Eight k in a row make four pairs, a register each: pairs 0 and 1 are a lane's k in one m16n8k16, 2 and
-// 3 in the next. Which k meet in a step is free, as weights and tokens agree on it; so nothing is shuffled, and tokens
+// eight k from 8 t on. With 4 bits there is one part, a word for each slot; with 8 bits two, with two words for each of
+// two slots. Eight k in a row make four pairs, a register each: pairs 0 and 1 are a lane's k in one m16n8k16, 2 and 3
+// in the next. Which k meet in a step is free, as weights and tokens agree on it; so nothing is shuffled, and tokens
 // are read in their natural order, eight k at a time. Nibble i of a 4-bit word is k = [0, 2, 4, 6, 1, 3, 5, 7][i],
 // stored as q + 8: one mask leaves a pair, its halves 16 bits apart. 8-bit codes are stored as q + 128 in order of k.
 #pragma once

@@ -1,5 +1,4 @@
-// The CUDA kernels, by name: qs_w{4,8}_{half,bfloat}_n{8,16,32,64}. QS_MEMORY is the shared memory they are started
-// with.
+// The CUDA kernels: qs_w{4,8}_{half,bfloat}_n{8,16,32,64}. Each is started with QS_MEMORY bytes of shared memory.
 #include "ptx.h"
 
 #include "matmul.h"

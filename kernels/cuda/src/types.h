@@ -7,7 +7,6 @@
 namespace quantspec {
 
 struct Half {
-  __device__ static float to_float(uint16_t bits) { return float_of_half(bits); }
   __device__ static uint16_t from_float(float value) { return half_of_float(value); }
   __device__ static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                              uint32_t b1) {
@@ -33,7 +32,6 @@ struct Half {
 };
 
 struct BFloat {
-  __device__ static float to_float(uint16_t bits) { return float_of_bfloat(bits); }
   __device__ static uint16_t from_float(float value) { return bfloat_of_float(value); }
   __device__ static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                              uint32_t b1) {

@@ -17,7 +17,6 @@
 #include <vector>
 
 #define __device__
-#define __forceinline__ inline
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
