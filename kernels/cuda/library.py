@@ -20,7 +20,7 @@ from quantspec.errors import Unavailable
 from quantspec.kernels.cuda.build import Target, build
 
 THREADS = 256
-WIDTHS = (8, 16, 32, 64)
+WIDTHS = (8, 16, 32, 48, 64)
 """Most rows of each kernel."""
 _TYPES = {torch.float16: "half", torch.bfloat16: "bfloat"}
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -202,6 +202,6 @@ def test_blocks_are_no_more_than_shorten_the_longest_run(tiles: int, blocks: int
     assert linear.blocks_for(tiles, 132) == blocks
 
 
-@pytest.mark.parametrize("n, width", [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (33, 64), (64, 64)])
+@pytest.mark.parametrize("n, width", [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (33, 48), (49, 64), (64, 64)])
 def test_narrowest_kernel_is_taken(n: int, width: int) -> None:
     assert library.kernel_name(4, torch.float16, n) == f"qs_w4_half_n{width}"

@@ -1,4 +1,4 @@
-// The CUDA kernels: qs_w{4,8}_{half,bfloat}_n{8,16,32,64}. Each is started with QS_MEMORY bytes of shared memory.
+// The CUDA kernels: qs_w{4,8}_{half,bfloat}_n{8,16,32,48,64}. Each is started with QS_MEMORY bytes of shared memory.
 #include "ptx.h"
 
 #include "matmul.h"
@@ -22,6 +22,7 @@ extern __shared__ __align__(128) uint8_t qs_memory[];
   QS_KERNEL(bits, name, type, 1, 8)  \
   QS_KERNEL(bits, name, type, 2, 16) \
   QS_KERNEL(bits, name, type, 4, 32) \
+  QS_KERNEL(bits, name, type, 6, 48) \
   QS_KERNEL(bits, name, type, 8, 64)
 
 QS_WIDTHS(4, half, Half)

@@ -34,6 +34,7 @@ int with_columns(int columns, bool bulk, const Params& p, int blocks, const int3
   if (columns == 1) return with_ring<BITS, T, 1>(bulk, p, blocks, order, seed);
   if (columns == 2) return with_ring<BITS, T, 2>(bulk, p, blocks, order, seed);
   if (columns == 4) return with_ring<BITS, T, 4>(bulk, p, blocks, order, seed);
+  if (columns == 6) return with_ring<BITS, T, 6>(bulk, p, blocks, order, seed);
   return with_ring<BITS, T, 8>(bulk, p, blocks, order, seed);
 }
 
