@@ -201,14 +201,15 @@ def _ms(value: float) -> str:
 
 def _closing(report: Mapping[str, Any]) -> Iterator[str]:
     fastest = report["read_bandwidths"][0]
-    peak = f" ({report['tile_gmacs'] / report['raw_peak_gmacs']:.0%} of the bare instruction's)"
+    tile, raw = report["tile_gmacs"], report["raw_peak_gmacs"]
+    peak = f" ({tile / raw:.0%} of the bare instruction's)" if raw else ""  # portable code has no such instruction
     yield (
         f"{report['processor']}, {report['threads']} threads: reads {report['read_bandwidth_gbps']:.1f} GB/s "
         f"({fastest['threads']} threads, {fastest['page_bytes'] // 1024} kB pages, {fastest['prefetch']} bytes ahead), "
-        f"inner loop {report['tile_gmacs']:.0f} GMAC/s{peak if report['raw_peak_gmacs'] else ''}."
+        f"inner loop {tile:.0f} GMAC/s{peak}."
     )
     for name, reason in report["left_out"].items():
-        yield f"Left out: {name}, {reason}."
+        yield f"Left out: {reason if name in reason else f'{name}, {reason}'}."
     alone = {(row["K"], row["N"], row["backend"]): row for row in report["rows"] if row["n"] == 1}
     for (k, n, name), row in alone.items():
         dense = alone.get((k, n, "torch-fp32"))

@@ -15,6 +15,7 @@ import torch
 
 from quantspec.benchmarks import contenders, kernels, page, timing
 from quantspec.benchmarks.kernels import Machine, Measured
+from quantspec.cli.bench import _closing
 from quantspec.errors import Unavailable
 from quantspec.kernels.cpu import library, probes
 
@@ -182,6 +183,16 @@ def test_a_backend_asked_for_by_name_must_run(call: Any) -> None:
     assert "torch-int4 has no groups of 96" in result.error
     report = json.loads(call("bench", "kernels", *options, "--json").out)
     assert report["left_out"] == {"torch-int4": "torch-int4 has no groups of 96"}
+
+
+def test_the_closing_lines_without_a_bare_instruction() -> None:
+    """Portable code has none to be held against."""
+    reading = {"threads": 1, "page_bytes": 4096, "prefetch": 0}
+    report = {"read_bandwidths": [reading], "tile_gmacs": 3.0, "raw_peak_gmacs": None, "processor": "P", "threads": 1}
+    report |= {"read_bandwidth_gbps": 9.0, "rounds": 1, "rows": []}
+    lines = list(_closing({**report, "left_out": {"a": "it is not here", "b": "b has no groups of 96"}}))
+    assert lines[0].endswith("inner loop 3 GMAC/s.")
+    assert lines[1:3] == ["Left out: a, it is not here.", "Left out: b has no groups of 96."]
 
 
 def test_the_page_escapes_names() -> None:
