@@ -14,7 +14,7 @@ from quantspec.kernels.cpu.packed import Arena, PackedLinear
 from quantspec.kernels.dispatch import Activations
 from quantspec.models.config import ModelConfig
 from quantspec.models.cpu_decoder import CpuDecoder
-from quantspec.models.weights import Fused, LayerNames, Weights, join, to_dense
+from quantspec.models.weights import Fused, LayerNames, Weights, fuse, join
 from quantspec.numerics.affine import QuantizedWeight, quantize
 from quantspec.numerics.scheme import Scheme
 
@@ -72,7 +72,7 @@ class _Packer:
 
     def _linear(self, fused: Fused) -> PackedLinear:
         parts = [self.weights.linear(name, (size, fused.in_features)) for name, size in fused.parts]
-        return self._pack(_fuse(parts), self.weights.bias(fused))
+        return self._pack(fuse(parts), self.weights.bias(fused))
 
     def vocabulary(self, weight: Tensor | QuantizedWeight) -> PackedLinear:
         """The embedding or the LM head."""
@@ -82,13 +82,3 @@ class _Packer:
 
     def _pack(self, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> PackedLinear:
         return packed.pack(weight, bias, arena=self._arena, integer=self._integer)
-
-
-def _fuse(parts: list[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight:
-    """Layers of one input, one below the other; where they are stored in different ways, in fp32."""
-    quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
-    if len(quantized) == len(parts):
-        return join(quantized)
-    dense = [part for part in parts if isinstance(part, Tensor)]
-    same = len(dense) == len(parts) and len({part.dtype for part in dense}) == 1
-    return torch.cat(dense if same else [to_dense(part) for part in parts])

@@ -137,3 +137,13 @@ def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
         torch.cat(zero_points) if zero_points else None,
         weights[0].scheme,
     )
+
+
+def fuse(parts: list[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight:
+    """Layers of one input, one below the other; where they are stored in different ways, in fp32."""
+    quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
+    if len(quantized) == len(parts):
+        return join(quantized)
+    dense = [part for part in parts if isinstance(part, Tensor)]
+    same = len(dense) == len(parts) and len({part.dtype for part in dense}) == 1
+    return torch.cat(dense if same else [to_dense(part) for part in parts])

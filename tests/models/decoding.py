@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 
-from quantspec.models.base import Output
-from quantspec.models.cache import KVCache
-from quantspec.models.cpu_decoder import CpuDecoder
-from quantspec.models.decoder import Decoder
+from quantspec.models.base import Cache, CausalModel, Output
 from quantspec.types import Batch
 
 from .conftest import VOCAB
 
-AnyDecoder = Decoder | CpuDecoder
 
-
-def decode(model: AnyDecoder, tokens: list[int], cache: KVCache) -> Output:
+def decode(model: CausalModel, tokens: list[int], cache: Cache) -> Output:
     """Plain decoding, one token at a time: logits and the "norm" tap of every row."""
     rows = []
     for token in tokens:
@@ -26,7 +22,7 @@ def decode(model: AnyDecoder, tokens: list[int], cache: KVCache) -> Output:
     return Output(torch.cat([row.logits for row in rows]), {"norm": torch.cat([row.taps["norm"] for row in rows])})
 
 
-def prefilled(model: AnyDecoder, text: list[int], room: int) -> KVCache:
+def prefilled(model: CausalModel, text: list[int], room: int) -> Any:
     """A cache that holds ``text``, with room for so many more tokens."""
     cache = model.new_cache(len(text) + room, 64)
     if text:
