@@ -139,14 +139,16 @@ class Verifier:
         chain, stream = session.chain, session.stream
         states, depths = _along_the_tree(session, draft)
         positions = [len(session.tokens) + depth for depth in depths]
-        race = chain.race(states, logits, positions, stream)
+        # The ratio rule draws in its own way, and needs the race for its runners-up alone.
+        race = chain.race(states, logits, positions, stream) if self.rule == "exact" or top_k else None
         if self.rule == "ratio":
             y, path = _judge_by_ratio(session, draft, chain.apply_rows(states, logits), positions)
         else:
+            assert race
             y = race.argmax()
             path = accept(draft, y)
         top = None
-        if top_k:
+        if race and top_k:
             ids, scores = race.best(min(top_k, logits.shape[1]))
             top = (torch.from_numpy(ids), torch.from_numpy(scores))
         tokens = tuple([draft.tokens[node] for node in path])
