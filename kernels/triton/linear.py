@@ -150,17 +150,19 @@ def _add_splits(
 class TritonLinear:
     """``x [n, K] @ weight [N, K].T + bias [N]`` over 2 to 8-bit codes, packed as nibbles or bytes.
 
-    Takes fp32, fp16 and bf16 and returns the same; sums are fp32. Codes and scales are used exactly as stored. A row of
-    the output has the same bits for every n (see the module for what that rests on).
+    Takes fp32, fp16 and bf16 and returns ``out_dtype`` (None: the type of x); sums are fp32. Codes and scales are used
+    exactly as stored. A row of the output has the same bits for every n (see the module for what that rests on).
     """
 
     def __init__(
-        self, weight: QuantizedWeight, bias: Tensor | None = None, device: torch.device | str | None = None
-    ) -> None:
+        self, weight: QuantizedWeight, bias: Tensor | None = None, device: torch.device | str | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         """``device``: where to compute, by default where the codes lie. Raises ``ModelError`` for scales that are not
         finite, ``UsageError`` for a device, shapes, types or a scheme that the kernels do not have."""
         self.device = weight.codes.device if device is None else torch.device(device)
         self.shape = _checked(weight, bias, self.device)
+        self._out_dtype = out_dtype
         self._bits = 4 if weight.scheme.bits <= 4 else 8
         self._group = _kernel_group(weight)
         self._planes, self._scales, self._zeros = _pack(weight, self._bits, self._group, self.device)
@@ -178,7 +180,7 @@ class TritonLinear:
                 f"a packed weight [{n_out}, {k}] needs rows [n, {k}] of float32, float16 or bfloat16 on "
                 f"{self._planes.device}, not {found}"
             )
-        y = x.new_empty(x.shape[0], n_out)
+        y = x.new_empty(x.shape[0], n_out, dtype=self._out_dtype or x.dtype)
         for first in range(0, x.shape[0], _MOST_ROWS):
             self._multiply(x[first : first + _MOST_ROWS], y[first : first + _MOST_ROWS])
         return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,15 +17,22 @@ from quantspec.models.triton_decoder import Matmul, TritonDecoder, TritonLayer
 from quantspec.models.weights import Fused, LayerNames, Weights, fuse, join
 from quantspec.numerics.affine import QuantizedWeight, quantize
 
+if TYPE_CHECKING:
+    from quantspec.kernels.cuda.linear import Workspace
+
+Kernels = Literal["cuda", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CHUNK = 4096  # rows of a head that are rounded at a time, in fp32
 
 
 @torch.no_grad()
 def load_triton_decoder(
-    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, *, head_bits: int = 16
-) -> TritonDecoder:
+    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, *,
+    head_bits: int = 16, kernels: Kernels = "triton",
+) -> TritonDecoder:  # fmt: skip
     """The decoder of a checkpoint on Triton's kernels, with activations, keys and values of ``dtype``.
+
+    ``kernels``: those of the packed layers, see ``packed_linear``.
 
     ``head_bits`` 8: an LM head that is stored unquantized is rounded to ``HEAD_SCHEME``; 16: it stays.
 
@@ -33,7 +41,7 @@ def load_triton_decoder(
     """
     if dtype not in DTYPES or head_bits not in (8, 16):
         raise UsageError(f"no Triton kernels for activations of {dtype} and an LM head of {head_bits} bits")
-    loader = _Loader(folder, config, device, dtype)
+    loader = _Loader(folder, config, device, dtype, kernels)
     weights, sizes = loader.weights, (config.vocab_size, config.hidden_size)
     stored = weights.stored("model.embed_tokens.weight", sizes)
     embedding = stored.to(device, dtype).contiguous()
@@ -47,10 +55,63 @@ def load_triton_decoder(
     return TritonDecoder(config, embedding, layers, norm, head, weight_bytes=weights.bytes)
 
 
+def workspace_for(device: torch.device, kernels: Kernels) -> Workspace | None:
+    """What all CUDA layers of one model share, made once: the kernels are compiled here, if need be. None for Triton's.
+
+    Raises ``Unavailable``: no compiler, a driver that is older than it, or an older device.
+    """
+    if kernels == "triton":
+        return None
+    from quantspec.kernels.cuda.linear import Workspace
+
+    return Workspace(device)
+
+
+def packed_linear(
+    weight: QuantizedWeight, bias: Tensor | None, device: torch.device, kernels: Kernels,
+    workspace: Workspace | None = None, *, out_dtype: torch.dtype | None = None,
+) -> Matmul:  # fmt: skip
+    """A linear layer over packed weights that takes any number of rows, each of which has the same bits among any
+    others. It returns ``out_dtype`` (float32, or None: the type of x).
+
+    ``kernels`` ``"cuda"``: the CUDA kernels, in float16 and bfloat16, in the ``workspace_for`` the device; what they
+    cannot hold goes to Triton's, as does everything under ``"triton"``. Raises as ``TritonLinear`` does.
+    """
+    if kernels == "cuda":
+        assert workspace is not None, "the CUDA kernels' layers share one"
+        if (linear := _cuda_linear(weight, bias, device, workspace, out_dtype)) is not None:
+            return linear
+    return TritonLinear(weight, bias, device, out_dtype)
+
+
+def _cuda_linear(
+    weight: QuantizedWeight, bias: Tensor | None, device: torch.device, workspace: Workspace,
+    out_dtype: torch.dtype | None,
+) -> Matmul | None:  # fmt: skip
+    from quantspec.kernels.cuda.linear import MAX_ROWS, CudaLinear
+    from quantspec.kernels.cuda.packed import pack
+
+    zeros = None if weight.zero_point is None else weight.zero_point.to(device)
+    moved = QuantizedWeight(weight.codes.to(device), weight.scale.to(device), zeros, weight.scheme)
+    try:
+        linear = CudaLinear(pack(moved), workspace, bias)
+    except UsageError:
+        return None
+
+    def in_parts(x: Tensor) -> Tensor:
+        parts = [linear(part, out_dtype) for part in x.split(MAX_ROWS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return in_parts
+
+
 class _Loader:
-    def __init__(self, folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: Kernels
+    ) -> None:
         self.weights = Weights(folder, config)
-        self._config, self._device, self._dtype = config, device, dtype
+        self._config, self._device, self._dtype, self._kernels = config, device, dtype, kernels
+        self._workspace = workspace_for(device, kernels)
 
     def layer(self, i: int) -> TritonLayer:
         names = LayerNames.of(self._config, i)
@@ -72,15 +133,17 @@ class _Loader:
         """Logits in fp32: in bf16, the best two of a large vocabulary are often equal."""
         if isinstance(weight, Tensor):
             return TritonDense(weight.to(self._device, self._dtype), out_dtype=torch.float32)
-        packed = TritonLinear(weight, device=self._device)
-        return lambda x: packed(x.float())
+        return self._packed(weight, None, out_dtype=torch.float32)
 
     def _linear(self, fused: Fused) -> Matmul:
         weight = fuse([self.weights.linear(name, (size, fused.in_features)) for name, size in fused.parts])
         bias = self.weights.bias(fused)
         if isinstance(weight, QuantizedWeight):
-            return TritonLinear(weight, bias, self._device)
+            return self._packed(weight, bias)
         return TritonDense(weight.to(self._device, self._dtype), bias)
+
+    def _packed(self, weight: QuantizedWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Matmul:
+        return packed_linear(weight, bias, self._device, self._kernels, self._workspace, out_dtype=out_dtype)
 
     def _qk_norm(self, i: int) -> Tensor:
         q, k = self.weights.qk_norm(i)
