@@ -7,6 +7,7 @@ that carry model rows (``q_rows``, ``taps``) hold tensors.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -155,6 +156,31 @@ class Draft:
 
 EMPTY_DRAFT = Draft()
 """No proposal: the step becomes one step of plain decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingDraft:
+    """A tree that a drafter has put together on the device and nobody on the host has seen.
+
+    ``record`` int32 ``[1 + 3 * capacity]`` holds the number of nodes, then ``capacity`` each of tokens, parents (-1:
+    the last committed token) and the bits of fp32 scores, as in ``Draft``; behind the nodes stand token 0 and parent
+    -1. Siblings are distinct, tokens are the target's, and no node is deeper than ``max_depth``.
+    """
+
+    record: Tensor
+    capacity: int
+    max_depth: int
+    stage: str
+
+    def resolve(self, host_record: Sequence[int] | None = None) -> Draft:
+        """The draft itself, from a copy of ``record`` on the host (None: copy it now, which waits for the device)."""
+        numbers: Sequence[int] = self.record.tolist() if host_record is None else host_record
+        n, size = numbers[0], self.capacity
+        assert len(numbers) == 1 + 3 * size and 0 <= n <= size, "a damaged record of a draft"
+        tokens, parents, bits = (tuple(numbers[at : at + n]) for at in (1, 1 + size, 1 + 2 * size))
+        draft = Draft(tokens, parents, struct.unpack(f"{n}f", struct.pack(f"{n}i", *bits)), (self.stage,) * n)
+        assert len(draft) == n, "a draft on the device has equal siblings"
+        return draft
 
 
 @dataclass(frozen=True, slots=True)
