@@ -172,15 +172,30 @@ class PendingDraft:
     max_depth: int
     stage: str
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Stand-ins: as many tokens as there may be."""
+        return (0,) * self.capacity
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """Stand-ins: every node a child of the last committed token."""
+        return (-1,) * self.capacity
+
     def resolve(self, host_record: Sequence[int] | None = None) -> Draft:
         """The draft itself, from a copy of ``record`` on the host (None: copy it now, which waits for the device)."""
         numbers: Sequence[int] = self.record.tolist() if host_record is None else host_record
         n, size = numbers[0], self.capacity
-        assert len(numbers) == 1 + 3 * size and 0 <= n <= size, "a damaged record of a draft"
+        assert len(numbers) == 1 + 3 * size, "the record of another draft"
+        assert 0 <= n <= size, "a damaged record of a draft"
         tokens, parents, bits = (tuple(numbers[at : at + n]) for at in (1, 1 + size, 1 + 2 * size))
         draft = Draft(tokens, parents, struct.unpack(f"{n}f", struct.pack(f"{n}i", *bits)), (self.stage,) * n)
         assert len(draft) == n, "a draft on the device has equal siblings"
         return draft
+
+
+Proposal = Draft | PendingDraft
+"""What a drafter may propose."""
 
 
 @dataclass(frozen=True, slots=True)
