@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from quantspec.models import atomic
-from quantspec.models.config import read_config
 from quantspec.models.tensors import INDEX, read_header
 from quantspec.numerics.scheme import CHANNEL, Scheme
 
@@ -34,11 +33,10 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]
     }
 
 
-def write_small_files(model: Path, folder: Path, scheme: Scheme, ignore: Sequence[str]) -> None:
-    """Write ``config.json``, the shard index and copies of the model's tokenizer, template and licence files."""
-    atomic.write_json(
-        folder / "config.json", read_config(model) | {"quantization_config": quantization_config(scheme, ignore)}
-    )
+def write_small_files(model: Path, folder: Path, raw: dict[str, Any], scheme: Scheme, ignore: Sequence[str]) -> None:
+    """Write ``config.json`` (``raw`` is the dense model's), the shard index and copies of the model's tokenizer,
+    template and licence files."""
+    atomic.write_json(folder / "config.json", raw | {"quantization_config": quantization_config(scheme, ignore)})
     weight_map, size = {}, 0
     for shard in sorted(folder.glob("model-*.safetensors")):
         for name, info in read_header(shard).items():

@@ -8,6 +8,31 @@ from typing import Any, Literal
 
 from quantspec.errors import UsageError
 
+MethodName = Literal["gptq", "rtn", "mse"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method as users name it: transforms of each layer (``transforms/``), then a rounding method (``methods/``)."""
+
+    rounding: str
+    transforms: tuple[str, ...] = ()
+
+
+RECIPES: dict[str, Recipe] = {"gptq": Recipe("gptq"), "rtn": Recipe("rtn"), "mse": Recipe("mse")}
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What methods and transforms can be told; each reads its own fields."""
+
+    damping: float = 0.01
+    """GPTQ: share of the mean Hessian diagonal that is added to it; ten and a hundred times as much where it fails."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise UsageError(f"damping must be above 0 and at most 1, not {self.damping}")
+
 
 @dataclass(frozen=True)
 class QuantizeConfig:
@@ -15,13 +40,14 @@ class QuantizeConfig:
 
     model: Path
     out: Path
-    method: Literal["gptq", "rtn"] = "gptq"
+    method: MethodName = "gptq"
+    options: MethodOptions = MethodOptions()
     bits: int = 4
     group_size: int = 128
     """Input features that share a scale; -1: one scale per output channel."""
     symmetric: bool = True
     calibration: Path | None = None
-    """Text (``.jsonl``, or ``.txt`` split at ``<|doc|>`` lines) that GPTQ measures inputs on. None: the bundled set."""
+    """Text (``.jsonl``, or ``.txt`` split at ``<|doc|>`` lines) to measure inputs on. None: the bundled set."""
     held_out: Path | None = None
     """Text for the closing report. None: the bundled set, disjoint from the calibration text."""
     num_samples: int = 128
@@ -37,9 +63,14 @@ class QuantizeConfig:
     """Go on from the finished layers of an interrupted run with the same model, calibration and settings."""
     device: str = "cpu"
 
+    @property
+    def recipe(self) -> Recipe:
+        return RECIPES[self.method]
+
     def __post_init__(self) -> None:
-        if self.method not in ("gptq", "rtn"):
-            raise UsageError(f"unknown quantization method {self.method!r}", hint="use gptq or rtn")
+        if self.method not in RECIPES:
+            known = ", ".join(sorted(RECIPES))
+            raise UsageError(f"unknown quantization method {self.method!r}", hint=f"use one of {known}")
         for name, low in (("num_samples", 1), ("eval_samples", 0), ("seq_len", 2)):
             if getattr(self, name) < low:
                 raise UsageError(f"{name} must be at least {low}, not {getattr(self, name)}")
@@ -49,8 +80,8 @@ class QuantizeConfig:
 class LayerResult:
     """How one linear layer was quantized.
 
-    ``error`` is the relative output MSE on the calibration inputs; with method "rtn", which looks at no inputs, the
-    relative weight MSE. ``damping`` is the share of the mean Hessian diagonal that was added to it.
+    ``error`` is the relative output MSE on the calibration inputs; with methods that look at no inputs ("rtn", "mse"),
+    the relative weight MSE. ``damping`` is the share of the mean Hessian diagonal that was added to it.
     ``fallback_reason`` says why round-to-nearest took the place of GPTQ.
     """
 

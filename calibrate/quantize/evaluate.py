@@ -56,13 +56,13 @@ def compare(before: Path, after: Path, ids: Tensor, device: str) -> Comparison:
     """Score ``ids [S, T]`` with both checkpoints."""
     models = [StreamedModel(folder, device) for folder in (before, after)]
     states = [hidden_states(model, ids)[:, :-1].flatten(0, 1) for model in models]
-    head = models[0].store.get(models[0].head_name).to(device)  # never quantized: both models' own
+    heads = [model.store.get(model.head_name).to(device) for model in models]
     targets = ids[:, 1:].flatten()
     losses: list[list[Tensor]] = [[], []]
     divergence = agreement = 0.0
     for start in range(0, len(targets), _HEAD_ROWS):
         part = slice(start, start + _HEAD_ROWS)
-        logs = [log_probs(state[part].to(device), head) for state in states]
+        logs = [log_probs(state[part].to(device), head) for state, head in zip(states, heads, strict=True)]
         for loss, log in zip(losses, logs, strict=True):
             loss.append(-log.gather(1, targets[part, None].to(device))[:, 0].cpu())
         divergence += float(kl_divergence(*logs).sum(dtype=torch.float64))

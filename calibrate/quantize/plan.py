@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -14,11 +15,12 @@ from quantspec.numerics.scheme import CHANNEL, Scheme
 
 @dataclass(frozen=True)
 class Plan:
-    """The scheme of all quantized linear layers, the module names kept as they are, and how many are quantized."""
+    """``schemes`` says how each linear layer is quantized, by its full name; ``ignored`` names those kept as they are.
+    ``scheme`` is what all share."""
 
     scheme: Scheme
+    schemes: Mapping[str, Scheme]
     ignored: frozenset[str]
-    total: int
 
     @classmethod
     def of(cls, config: QuantizeConfig, model: StreamedModel) -> Plan:
@@ -49,4 +51,4 @@ class Plan:
                     f"{name} has {k} input features, not a multiple of the group size {scheme.group_size}",
                     hint="choose a --group-size that divides them, or -1 for one scale per channel",
                 )
-        return cls(scheme, ignored, len(names) - len(ignored))
+        return cls(scheme, {name: scheme for name in names if name not in ignored}, ignored)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,17 +14,17 @@ from quantspec.calibrate import data
 from quantspec.calibrate.quantize import checkpoint
 from quantspec.calibrate.quantize.config import Event, LayerResult, QuantizeConfig, QuantizeReport, Stage
 from quantspec.calibrate.quantize.evaluate import batches, compare
-from quantspec.calibrate.quantize.gptq import Hessian, quantize_linear
 from quantspec.calibrate.quantize.interrupt import deferred_interrupt
-from quantspec.calibrate.quantize.layer import STAGES, DecoderLayer
+from quantspec.calibrate.quantize.layer import DecoderLayer
+from quantspec.calibrate.quantize.pipeline import LayerPipeline
 from quantspec.calibrate.quantize.plan import Plan
 from quantspec.calibrate.quantize.stream import HEAD, StreamedModel, layer_prefix, layer_weights
+from quantspec.calibrate.quantize.transforms.registry import model_transform
 from quantspec.calibrate.quantize.work import REPORT, WorkFolder, fingerprint, report_fingerprint
 from quantspec.errors import Interrupted, ModelError, ResourceError, UsageError
 from quantspec.models import atomic
+from quantspec.models.config import read_config
 from quantspec.models.tensors import TensorStore
-from quantspec.numerics.affine import dequantize
-from quantspec.numerics.packing import pack_weight
 
 OnEvent = Callable[[Event], None]
 
@@ -59,13 +58,14 @@ class _Run:
         self.source = StreamedModel(config.model, config.device)
         atomic.verify_manifest(config.model)
         self.plan = Plan.of(config, self.source)
+        self.transform = model_transform(config, self.source)
+        self.pipeline = LayerPipeline(config, self.plan, self.transform, self._on_result)
         self.done = 0
-        self.tensor_bytes = 0
 
     def run(self) -> QuantizeReport:
         config = self.config
         calibration = None
-        if config.method == "gptq":
+        if self.pipeline.calibrated:
             calibration = self._rows(config.calibration or data.CALIBRATION, config.num_samples, config.seed)
         held_out = (
             self._rows(config.held_out or data.HELD_OUT, config.eval_samples, None) if config.eval_samples else None
@@ -97,6 +97,8 @@ class _Run:
 
     def _quantize_layers(self, work: WorkFolder, calibration: Tensor | None) -> None:
         hidden = None if calibration is None else self.source.embed(calibration)
+        if hidden is not None and self.transform is not None:
+            hidden = self.transform.hidden(hidden)
         finished = work.results
         if finished:
             self.done = sum(len(results) for results in finished)
@@ -122,46 +124,13 @@ class _Run:
 
     def _quantize_layer(self, work: WorkFolder, index: int, hidden: Tensor | None) -> None:
         """Quantize decoder layer ``index``, record it, and move ``hidden [S, T, H]`` (in place) past it."""
-        layer, prefix, store = self.source.layer(index), layer_prefix(index), self.source.store
-        tensors = {name: store.get(name) for name in store if name.startswith(prefix)}
-        results: list[LayerResult] = []
-        inputs = _stage_inputs(layer, hidden, self.config.device) if hidden is not None else [None] * len(STAGES)
-        for stage, batches_in in zip(STAGES, inputs, strict=True):
-            started = time.perf_counter()
-            hessian = None
-            if batches_in is not None:
-                hessian = Hessian(layer.weights[f"{stage[0]}.weight"].shape[1], self.config.device)
-                for batch in batches_in:
-                    hessian.add(batch)
-            self._account(layer, hidden, hessian)
-            for name in stage:
-                if prefix + name in self.plan.ignored:
-                    continue
-                weight = layer.weights[f"{name}.weight"]
-                solution = quantize_linear(prefix + name, weight, self.plan.scheme, hessian.matrix if hessian else None)
-                layer.weights[f"{name}.weight"] = dequantize(solution.quantized)
-                del tensors[f"{prefix}{name}.weight"]
-                packed = pack_weight(solution.quantized)
-                tensors |= {f"{prefix}{name}.{suffix}": tensor for suffix, tensor in packed.items()}
-                seconds, started = time.perf_counter() - started, time.perf_counter()
-                results.append(solution.result(prefix + name, seconds))
-                self.done += 1
-                self._say("layer", result=results[-1])
-                if solution.fallback_reason:
-                    self._say("note", f"{prefix}{name}: round-to-nearest, because {solution.fallback_reason}")
-        if hidden is not None:
-            _pass_mlp(layer, hidden, self.config.device)
-            if not torch.isfinite(hidden).all():
-                raise ModelError(f"layer {index} of {self.config.model} gives NaN or Inf on the calibration text")
-        work.record(tensors, results)
+        work.record(*self.pipeline.quantize(self.source.layer(index), index, self.source.store, hidden))
 
-    def _account(self, layer: DecoderLayer, hidden: Tensor | None, hessian: Hessian | None) -> None:
-        """Note the bytes now held: the layer in fp32, its stored form, the Hessian, and the activations with their
-        attention outputs."""
-        held = sum(weight.nbytes for weight in layer.weights.values()) * 2
-        held += hessian.matrix.nbytes if hessian else 0
-        held += 2 * hidden.nbytes if hidden is not None else 0
-        self.tensor_bytes = max(self.tensor_bytes, held)
+    def _on_result(self, result: LayerResult) -> None:
+        self.done += 1
+        self._say("layer", result=result)
+        if result.fallback_reason:
+            self._say("note", f"{result.name}: round-to-nearest, because {result.fallback_reason}")
 
     def _write_rest(self, work: WorkFolder) -> None:
         """Write all tensors outside the decoder layers as they are, and the small files."""
@@ -170,9 +139,12 @@ class _Run:
         names = [name for name in model.store if not name.startswith(prefixes)]
         if model.config.tied and HEAD in names:  # a stale copy that loaders of tied models warn about
             names.remove(HEAD)
-        atomic.save_tensors(work.shard(model.config.num_layers), {name: model.store.get(name) for name in names})
+        tensors, raw = {name: model.store.get(name) for name in names}, read_config(self.config.model)
+        if self.transform is not None:
+            tensors, raw = self.transform.rest(tensors), self.transform.config(raw)
+        atomic.save_tensors(work.shard(model.config.num_layers), tensors)
         ignore = [HEAD.removesuffix(".weight"), *sorted(self.plan.ignored)]
-        checkpoint.write_small_files(self.config.model, work.path, self.plan.scheme, ignore)
+        checkpoint.write_small_files(self.config.model, work.path, raw, self.plan.scheme, ignore)
 
     def _report(self, work: WorkFolder, held_out: Tensor | None) -> QuantizeReport:
         measured: dict[str, float | int] = {}
@@ -191,45 +163,13 @@ class _Run:
             bytes_before=self.source.store.nbytes(),
             bytes_after=TensorStore(work.path).nbytes(),
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            tensor_bytes=self.tensor_bytes,
+            tensor_bytes=self.pipeline.tensor_bytes,
             layers=[result for layer in work.results for result in layer],
             **measured,  # type: ignore[arg-type]
         )
 
     def _say(self, stage: Stage, message: str = "", result: LayerResult | None = None) -> None:
-        self.on_event(Event(stage, self.done, self.plan.total, result, message))
-
-
-def _stage_inputs(layer: DecoderLayer, hidden: Tensor, device: str) -> Iterator[Iterator[Tensor]]:
-    """For each of ``STAGES``, the batches its linear layers read.
-
-    Whoever takes a stage's batches puts the quantized weights into ``layer`` before taking the next stage's, which pass
-    through them. ``hidden [S, T, H]`` moves past the attention, in place.
-    """
-    config = layer.config
-    attended = hidden.new_empty(*hidden.shape[:2], config.num_heads * config.head_dim)
-
-    def attention_outputs() -> Iterator[Tensor]:
-        for states, out in zip(batches(hidden), batches(attended), strict=True):
-            out.copy_(layer.attend(layer.attention_input(states.to(device))))
-            yield out.to(device)
-
-    def mlp_inputs() -> Iterator[Tensor]:
-        for states, out in zip(batches(hidden), batches(attended), strict=True):
-            states.copy_(states.to(device) + layer.linear("self_attn.o_proj", out.to(device)))
-            yield layer.mlp_input(states.to(device))
-
-    yield (layer.attention_input(states.to(device)) for states in batches(hidden))
-    yield attention_outputs()
-    yield mlp_inputs()
-    yield (layer.gated(layer.mlp_input(states.to(device))) for states in batches(hidden))
-
-
-def _pass_mlp(layer: DecoderLayer, hidden: Tensor, device: str) -> None:
-    """Move ``hidden [S, T, H]``, in place, from behind the attention to behind the layer."""
-    for states in batches(hidden):
-        on_device = states.to(device)
-        states.copy_(on_device + layer.linear("mlp.down_proj", layer.gated(layer.mlp_input(on_device))))
+        self.on_event(Event(stage, self.done, len(self.plan.schemes), result, message))
 
 
 def _finished(out: Path, seal: str) -> QuantizeReport:

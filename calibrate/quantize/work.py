@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _PROGRESS = ".quantspec_progress.json"
 REPORT = "quantize_report.json"
-_ALGORITHM = 1  # raise it when the same settings would give other codes
+_ALGORITHM = 2  # raise it when the same settings would give other codes
 _SETTINGS = ("method", "bits", "group_size", "symmetric", "ignore", "num_samples", "seq_len", "seed", "device")
 
 
@@ -27,6 +27,7 @@ def fingerprint(config: QuantizeConfig, model_files: list[Path], calibration: Te
     """A sha256 of all that decides the codes: the model's files, the calibration ids and the settings."""
     parts: dict[str, Any] = {"algorithm": _ALGORITHM} | {name: getattr(config, name) for name in _SETTINGS}
     parts["model"] = {path.name: atomic.sha256(path) for path in model_files}
+    parts["options"] = asdict(config.options)
     if calibration is not None:
         parts["calibration"] = hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

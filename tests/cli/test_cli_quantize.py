@@ -41,7 +41,7 @@ def on_layer(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], Non
     monkeypatch.setattr(command, "progress", progress)
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", ["gptq", "rtn", "mse"])
 def test_json_report(call, tiny: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "w4"
     result = call("quantize", tiny, "--out", out, "--method", method, "--json", *FAST)

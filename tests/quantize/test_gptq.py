@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantspec.calibrate.quantize.gptq import DAMPING_LADDER, Hessian, quantize_linear, search_scale, solve
+from quantspec.calibrate.quantize.config import MethodOptions
+from quantspec.calibrate.quantize.methods.gptq import quantize_linear, solve
+from quantspec.calibrate.quantize.methods.scales import search_scale
+from quantspec.calibrate.quantize.observe import Hessian, Statistics
 from quantspec.errors import ModelError
 from quantspec.numerics.affine import QuantizedWeight, dequantize, min_max_scale, quantize, quantize_codes
 from quantspec.numerics.measures import relative_output_mse
@@ -20,6 +23,17 @@ def correlated_inputs(rows: int, k: int, seed: int) -> Tensor:
     factors = torch.randn(rows, k // 4, generator=g) @ torch.randn(k // 4, k, generator=g)
     noise = 0.3 * torch.randn(rows, k, generator=g)
     return (factors + noise) * torch.logspace(-1, 1, k)[torch.randperm(k, generator=g)]
+
+
+OPTIONS = MethodOptions()
+
+
+def on(hessian: Tensor) -> Statistics:
+    """Statistics with that Hessian."""
+    statistics = Statistics.of({"hessian"}, len(hessian))
+    assert statistics.hessian is not None
+    statistics.hessian.matrix.copy_(hessian)
+    return statistics
 
 
 def oracle(
@@ -76,9 +90,9 @@ def test_beats_rounding_by_far_on_correlated_inputs(bits: int) -> None:
     hessian = Hessian(256)
     for chunk in x.split(300):
         hessian.add(chunk)
-    solution = quantize_linear("w", weight, scheme, hessian.matrix)
+    solution = quantize_linear("w", weight, scheme, Statistics(hessian), OPTIONS)
     rtn = relative_output_mse(dequantize(quantize(weight, scheme)), weight, hessian.matrix)
-    assert (solution.method, solution.damping) == ("gptq", DAMPING_LADDER[0])
+    assert (solution.method, solution.damping) == ("gptq", OPTIONS.damping)
     assert solution.error < 0.5 * rtn
     # The recorded error is the layer's true output error on those inputs (fp32 Hessian: three digits).
     exact, approximate = x @ weight.T, x @ dequantize(solution.quantized).T
@@ -122,13 +136,13 @@ def test_damping_climbs_then_falls_back_with_a_reason() -> None:
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(11))
     hessian = x.T @ x / len(x)
     shifted = hessian - 0.6 * torch.eye(64)  # smallest eigenvalue about -0.2, mean diagonal 0.4
-    climbed = quantize_linear("w", weight, scheme, shifted)
+    climbed = quantize_linear("w", weight, scheme, on(shifted), OPTIONS)
     assert (climbed.method, climbed.damping) == ("gptq", 1.0)
-    fallen = quantize_linear("w", weight, scheme, hessian - 20 * torch.eye(64))
+    fallen = quantize_linear("w", weight, scheme, on(hessian - 20 * torch.eye(64)), OPTIONS)
     assert fallen.method == "rtn"
     assert "Cholesky" in str(fallen.fallback_reason)
     assert torch.equal(fallen.quantized.codes, quantize(weight, scheme).codes)
-    overflowed = quantize_linear("w", weight, scheme, hessian * torch.inf)
+    overflowed = quantize_linear("w", weight, scheme, on(hessian * torch.inf), OPTIONS)
     assert overflowed.method == "rtn"
     assert "overflow" in str(overflowed.fallback_reason)
 
@@ -137,4 +151,4 @@ def test_refuses_nan_weights() -> None:
     weight = torch.ones(4, 32)
     weight[1, 3] = float("nan")
     with pytest.raises(ModelError, match=r"mlp\.up_proj\.weight holds NaN"):
-        quantize_linear("mlp.up_proj", weight, Scheme(4, 32), torch.eye(32))
+        quantize_linear("mlp.up_proj", weight, Scheme(4, 32), on(torch.eye(32)), OPTIONS)

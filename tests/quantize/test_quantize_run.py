@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from quantspec.calibrate import data
-from quantspec.calibrate.quantize import gptq
-from quantspec.calibrate.quantize import run as run_module
-from quantspec.calibrate.quantize.config import Event, QuantizeConfig
+from quantspec.calibrate.quantize.config import Event, MethodOptions, QuantizeConfig
 from quantspec.calibrate.quantize.layer import PROJECTIONS, STAGES
+from quantspec.calibrate.quantize.methods import gptq
+from quantspec.calibrate.quantize.methods.base import Method, Solution
+from quantspec.calibrate.quantize.methods.registry import METHODS
+from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.calibrate.quantize.run import run
 from quantspec.calibrate.quantize.stream import StreamedModel
 from quantspec.errors import Interrupted, ResourceError, UsageError
@@ -117,11 +119,14 @@ def test_hessians_are_of_inputs_that_passed_the_quantized_layers(
     gives the same inputs."""
     seen = {}
 
-    def spy(name: str, weight: torch.Tensor, scheme: Scheme, hessian: torch.Tensor) -> gptq.Solution:
-        seen[name] = hessian.clone()
-        return gptq.quantize_linear(name, weight, scheme, hessian)
+    def spy(
+        name: str, weight: torch.Tensor, scheme: Scheme, statistics: Statistics, options: MethodOptions
+    ) -> Solution:
+        assert statistics.hessian is not None
+        seen[name] = statistics.hessian.matrix.clone()
+        return gptq.quantize_linear(name, weight, scheme, statistics, options)
 
-    monkeypatch.setattr(run_module, "quantize_linear", spy)
+    monkeypatch.setitem(METHODS, "gptq", Method(spy, METHODS["gptq"].needs))
     config = configure(bits=2)
     run(config)
     finished = StreamedModel(config.out, "cpu")

@@ -7,76 +7,37 @@ solving, and the codes are stored in the original order, so that a checkpoint ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from quantspec.calibrate.quantize.config import LayerResult
-from quantspec.errors import ModelError
-from quantspec.numerics.affine import (
-    QuantizedWeight,
-    dequantize,
-    group_range,
-    quantize,
-    quantize_codes,
-    scale_of_range,
-)
+from quantspec.calibrate.quantize.config import MethodOptions
+from quantspec.calibrate.quantize.methods.base import Solution, check_finite
+from quantspec.calibrate.quantize.methods.scales import search_scale
+from quantspec.calibrate.quantize.observe import Statistics
+from quantspec.numerics.affine import QuantizedWeight, dequantize, quantize
 from quantspec.numerics.measures import relative_mse, relative_output_mse
 from quantspec.numerics.scheme import Scheme
 
-DAMPING_LADDER = (0.01, 0.1, 1.0)
-"""Shares of the mean Hessian diagonal to add to it, tried in turn until the factorization is sound and the result
-good."""
+DAMPING_LADDER = (1, 10, 100)
+"""Multiples of the damping asked for, tried in turn until the factorization is sound and the result good."""
 _BLOCK = 128  # columns solved between two updates of the whole rest
 
 
-class Hessian:
-    """``X^T X / rows`` of a linear layer's inputs ``[.., K]``, summed batch by batch: ``matrix [K, K]`` in fp32."""
-
-    def __init__(self, k: int, device: str | torch.device = "cpu") -> None:
-        self.matrix = torch.zeros(k, k, device=device)
-        self.rows = 0
-
-    def add(self, inputs: Tensor) -> None:
-        flat = inputs.reshape(-1, inputs.shape[-1]).float()
-        self.rows += len(flat)
-        # A running mean: the sum over many tokens of a large model would leave fp32's exact range.
-        self.matrix += (flat.T @ flat - self.matrix * len(flat)) / self.rows
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A quantized linear layer and how it was reached (fields as in ``LayerResult``)."""
-
-    quantized: QuantizedWeight
-    method: str
-    error: float
-    damping: float | None = None
-    fallback_reason: str | None = None
-
-    def result(self, name: str, seconds: float) -> LayerResult:
-        return LayerResult(name, self.method, self.error, self.damping, round(seconds, 3), self.fallback_reason)
-
-
-def quantize_linear(name: str, weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> Solution:
-    """Quantize ``weight [N, K]`` by GPTQ on ``hessian [K, K]``, or by round-to-nearest where that is None or GPTQ
-    fails.
-
-    Raises ``ModelError`` when the weight holds NaN or Inf.
-    """
-    if not torch.isfinite(weight).all():
-        raise ModelError(f"{name}.weight holds NaN or Inf", hint="the checkpoint is damaged; get it again")
+def quantize_linear(
+    name: str, weight: Tensor, scheme: Scheme, statistics: Statistics, options: MethodOptions
+) -> Solution:
+    """GPTQ on the inputs' Hessian, or round-to-nearest with a reason where that fails."""
+    assert statistics.hessian is not None
+    check_finite(name, weight)
+    hessian = statistics.hessian.matrix
     rtn = quantize(weight, scheme)
-    if hessian is None:
-        return Solution(rtn, "rtn", relative_mse(dequantize(rtn), weight))
     if not torch.isfinite(hessian).all():
         reason = "the calibration inputs overflow"
         return Solution(rtn, "rtn", relative_mse(dequantize(rtn), weight), fallback_reason=reason)
     rtn_error = relative_output_mse(dequantize(rtn), weight, hessian)
     scale, zero_point = search_scale(weight, hessian.diagonal(), scheme)
     reason = ""
-    for damping in DAMPING_LADDER:
+    for damping in (options.damping * factor for factor in DAMPING_LADDER):
         codes = solve(weight, hessian, scale, zero_point, scheme, damping)
         if codes is None:
             reason = f"the Hessian has no Cholesky factor up to damping {damping}"
@@ -87,28 +48,6 @@ def quantize_linear(name: str, weight: Tensor, scheme: Scheme, hessian: Tensor |
             return Solution(solved, "gptq", error, damping)
         reason = f"GPTQ's output error {error:.3g} is above round-to-nearest's {rtn_error:.3g} up to damping {damping}"
     return Solution(rtn, "rtn", rtn_error, fallback_reason=reason)
-
-
-def search_scale(weight: Tensor, importance: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Stored scale and zero point ``[N, G]`` of the clipped range with the least rounding error in each group, where
-    column k's squared error counts ``importance[k]`` (its mean squared input)."""
-    low, high = group_range(weight, scheme)
-    n, k = weight.shape
-    groups, width = scheme.num_groups(k), scheme.group(k)
-    best = torch.full((n, groups), torch.inf, device=weight.device)
-    best_shrink = torch.ones_like(best)
-    # Below these shares of the range clipping never won on trained layers; 2 bits clip the most.
-    floor = {2: 0.3, 3: 0.4, 4: 0.6}.get(scheme.bits, 0.8)
-    for step in range(21):
-        shrink = 1.0 - (1.0 - floor) * step / 20
-        scale, zero_point = scale_of_range(low * shrink, high * shrink, scheme)
-        codes = quantize_codes(weight, scale, zero_point, scheme)
-        error = (dequantize(QuantizedWeight(codes, scale, zero_point, scheme)) - weight).square_().mul_(importance)
-        error = torch.nn.functional.pad(error, (0, groups * width - k)).view(n, groups, width).sum(-1)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_shrink[better] = shrink
-    return scale_of_range(low * best_shrink, high * best_shrink, scheme)
 
 
 def solve(

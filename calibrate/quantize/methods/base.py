@@ -1,0 +1,48 @@
+"""What all rounding methods share: their signature, and what they hand back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantspec.calibrate.quantize.config import LayerResult, MethodOptions
+from quantspec.calibrate.quantize.observe import Need, Statistics
+from quantspec.errors import ModelError
+from quantspec.numerics.affine import QuantizedWeight
+from quantspec.numerics.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A quantized linear layer and how it was reached (fields as in ``LayerResult``)."""
+
+    quantized: QuantizedWeight
+    method: str
+    error: float
+    damping: float | None = None
+    fallback_reason: str | None = None
+
+    def result(self, name: str, seconds: float) -> LayerResult:
+        return LayerResult(name, self.method, self.error, self.damping, round(seconds, 3), self.fallback_reason)
+
+
+QuantizeLinear = Callable[[str, Tensor, Scheme, Statistics, MethodOptions], Solution]
+"""Quantize the linear layer of that name, ``weight [N, K]`` in fp32, which must not be changed. Raises ``ModelError``
+when the weight holds NaN or Inf."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rounding method and what it must know of the inputs; nothing means that it reads no calibration text."""
+
+    quantize_linear: QuantizeLinear
+    needs: frozenset[Need] = frozenset()
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raises ``ModelError`` when ``weight`` holds NaN or Inf."""
+    if not torch.isfinite(weight).all():
+        raise ModelError(f"{name}.weight holds NaN or Inf", hint="the checkpoint is damaged; get it again")

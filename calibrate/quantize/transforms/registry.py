@@ -1,0 +1,14 @@
+"""The transforms by name."""
+
+from __future__ import annotations
+
+from quantspec.calibrate.quantize.config import QuantizeConfig
+from quantspec.calibrate.quantize.stream import StreamedModel
+from quantspec.calibrate.quantize.transforms.base import LayerTransform, ModelTransform
+
+LAYER_TRANSFORMS: dict[str, LayerTransform] = {}
+
+
+def model_transform(config: QuantizeConfig, model: StreamedModel) -> ModelTransform | None:
+    """What ``config`` asks to be done to all of ``model`` before its layers are quantized."""
+    return None
