@@ -11,6 +11,10 @@ from quantspec.errors import UsageError
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Rows of a forward: a plain step, and trees of up to 64 nodes."""
 BACKENDS = ("cpu-int8", "cpu-fp32", "torch-fp32", "torch-bf16", "torch-int4")
+CUDA_BACKENDS = ("cuda", "triton", "torch-bf16", "gptqmodel-marlin", "bnb-nf4")
+MOST_CUDA_WIDTH = 64
+"""Rows of the widest kernel."""
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class KernelBench:
     group_size: int = 128
     """Weights in a row that share a scale."""
     backends: tuple[str, ...] = ()
-    """Which to measure, of ``BACKENDS``; empty: all that run here."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    """Which to measure, of ``BACKENDS`` or ``CUDA_BACKENDS``; empty: all that run here."""
+    device: Device = "cpu"
     """Where."""
     threads: int | None = None
     """CPU threads. Default: all cores."""
@@ -38,11 +42,14 @@ class KernelBench:
         for k, n in self.shapes:
             check_shape(k, n)
         check_widths(self.widths)
-        unknown = [name for name in self.backends if name not in BACKENDS]
+        known = CUDA_BACKENDS if self.device == "cuda" else BACKENDS
+        unknown = [name for name in self.backends if name not in known]
         if unknown:
-            raise UsageError(f"unknown backend {unknown[0]!r}", hint=f"one of {', '.join(BACKENDS)}")
+            hint = f"one of {', '.join(known)}"
+            raise UsageError(f"unknown backend {unknown[0]!r} on {self.device}", hint=hint)
         check_group_size(self.group_size)
         check_counts(self.threads, self.rounds)
+        check_device_options(self.device, self.threads, self.widths)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class DecodeBench:
     """A model folder, hub id or member of the default family."""
     shape: ModelShape | None = None
     """Instead of a model: random weights of this shape."""
+    device: Device = "cpu"
+    """Where."""
+    kernels: Literal["cuda", "triton"] | None = None
+    """On CUDA, those of the packed layers. Default: cuda where they run, else triton."""
     activations: Literal["int8", "fp32"] | None = None
     """What activations are rounded to before they meet quantized weights. Default: int8 where weights are."""
     group_size: int | None = None
@@ -81,6 +92,11 @@ class DecodeBench:
         if self.group_size is not None:
             check_group_size(self.group_size)
         check_counts(self.threads, self.rounds)
+        check_device_options(self.device, self.threads, self.widths)
+        if self.device == "cuda" and self.activations is not None:
+            raise UsageError("--activations is for the CPU", hint="on CUDA activations have 16 bits")
+        if self.device == "cpu" and self.kernels is not None:
+            raise UsageError("--kernels is for CUDA", hint="add --device cuda, or use --activations")
 
 
 def check_shape(k: int, n: int) -> None:
@@ -99,6 +115,13 @@ def check_widths(widths: tuple[int, ...]) -> None:
     wrong = [n for n in widths if not 1 <= n <= 4096]
     if wrong or not widths:
         raise UsageError(f"widths are numbers of rows from 1 to 4096, not {wrong[0] if wrong else 'none'}")
+
+
+def check_device_options(device: Device, threads: int | None, widths: tuple[int, ...]) -> None:
+    if device == "cuda" and threads is not None:
+        raise UsageError("--threads is for the CPU", hint="leave it out with --device cuda")
+    if device == "cuda" and max(widths) > MOST_CUDA_WIDTH:
+        raise UsageError(f"on CUDA, widths are at most {MOST_CUDA_WIDTH} rows, not {max(widths)}")
 
 
 def check_counts(threads: int | None, rounds: int) -> None:

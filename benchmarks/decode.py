@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from quantspec.benchmarks.config import DecodeBench
-from quantspec.benchmarks.kernels import Machine, Measured, Notice, best, look_at_machine, set_threads
+from quantspec.benchmarks.kernels import Machine, Measured, Notice, best, check_device, look_at_machine, set_threads
 from quantspec.benchmarks.random_model import random_decoder
 from quantspec.benchmarks.shapes import SHAPES
 from quantspec.benchmarks.timing import alternate
@@ -140,9 +140,14 @@ def run(config: DecodeBench, notice: Notice = lambda line: None) -> dict[str, An
     Raises ``UsageError`` for a model that the native kernels do not run or a context it has no positions for,
     ``ResourceError`` for a shape that does not fit into memory, ``Unavailable`` without a compiler.
     """
-    threads, widths = config.threads or probes.cores(), sorted({1, *config.widths})
+    check_device(config.device)
     if config.model is not None:
         resolve(config.model)  # a name that leads nowhere is said at once
+    if config.device == "cuda":
+        from quantspec.benchmarks import cuda_decode
+
+        return cuda_decode.run(config, notice)
+    threads, widths = config.threads or probes.cores(), sorted({1, *config.widths})
     set_threads(threads, threads)
     notice(f"measuring what {threads} threads of this machine can do")
     machine = look_at_machine(threads, config.group_size or _GROUP_SIZE)

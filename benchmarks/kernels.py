@@ -146,6 +146,10 @@ def run(config: KernelBench, notice: Notice = lambda line: None, *, nbytes: int 
     run here, and where there is no compiler.
     """
     check_device(config.device)
+    if config.device == "cuda":
+        from quantspec.benchmarks import cuda_kernels
+
+        return cuda_kernels.run(config, notice)
     threads = config.threads or probes.cores()
     set_threads(threads, threads)
     notice(f"measuring what {threads} threads of this machine can do")
@@ -168,8 +172,5 @@ def run(config: KernelBench, notice: Notice = lambda line: None, *, nbytes: int 
 
 def check_device(device: str) -> None:
     """Raises ``UsageError`` if nothing can be measured there."""
-    if device == "cpu":
-        return
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device that torch can use", hint="leave --device away to measure the CPU")
-    raise UsageError("quantspec has no kernels for CUDA yet", hint="leave --device away to measure the CPU")

@@ -16,6 +16,10 @@ COLORS = {
     "torch-fp32": "#eb6834",
     "torch-bf16": "#b98900",
     "torch-int4": "#8a5cd0",
+    "cuda": "#2a78d6",
+    "triton": "#1baf7a",
+    "gptqmodel-marlin": "#eb6834",
+    "bnb-nf4": "#8a5cd0",
     "model": "#2a78d6",
 }
 """Of the backends, wherever they are drawn; apart for colour-blind readers, and on white as on black."""
@@ -58,9 +62,11 @@ def _panel(k: int, n: int, rows: list[dict[str, Any]]) -> Panel:
 def caption(report: Mapping[str, Any]) -> str:
     """Where and how the figures came about, for a line below them."""
     tile = f", inner loop {report['tile_gmacs']:.0f} GMAC/s" if report.get("tile_gmacs") else ""
-    place = f"{report['processor']}, " if report.get("processor") else ""
+    place = report.get("device_name") or f"{report['threads']} threads"
+    if report.get("processor") and not report.get("device_name"):
+        place = f"{report['processor']}, {place}"
     return (
-        f"{place}{report['threads']} threads, groups of {report['group_size']}; read bandwidth "
+        f"{place}, groups of {report['group_size']}; read bandwidth "
         f"{report['read_bandwidth_gbps']:.1f} GB/s{tile}; least time of {report['rounds']} rounds"
     )
 

@@ -75,10 +75,10 @@ def random_decoder(shape: ModelShape, group_size: int, *, integer: bool, seed: i
     head = embedding if shape.tied else vocabulary()
     linears = [one for layer in layers for one in layer.linears] + ([embedding] if shape.tied else [embedding, head])
     nbytes = sum(one.nbytes for one in linears)
-    return CpuDecoder(_config(shape), embedding, layers, ones, head, weight_bytes=nbytes, integer=integer)
+    return CpuDecoder(model_config(shape), embedding, layers, ones, head, weight_bytes=nbytes, integer=integer)
 
 
-def _config(shape: ModelShape) -> ModelConfig:
+def model_config(shape: ModelShape) -> ModelConfig:
     return ModelConfig(
         architecture="llama",
         vocab_size=shape.vocab,

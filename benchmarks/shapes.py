@@ -38,8 +38,9 @@ class ModelShape:
 SHAPES = {
     "1b": ModelShape(2048, 8192, 16, 32, 8, 64, 128256),
     "8b": ModelShape(4096, 14336, 32, 32, 8, 128, 128256, tied=False),
+    "70b": ModelShape(8192, 28672, 80, 64, 8, 128, 128256, tied=False),
 }
-"""Llama 3.2 1B and Llama 3.1 8B."""
+"""Llama 3.2 1B, Llama 3.1 8B and 70B."""
 
 
 def parse_shape(text: str) -> ModelShape:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from quantspec.benchmarks.config import BACKENDS as KERNEL_BACKENDS
-from quantspec.benchmarks.config import DecodeBench, KernelBench
+from quantspec.benchmarks.config import CUDA_BACKENDS, DecodeBench, KernelBench
 from quantspec.benchmarks.shapes import ModelShape, parse_shape
 from quantspec.cli.invocation import Invocation
 from quantspec.cli.machine import cpu_flags, processor
@@ -86,7 +86,7 @@ def bench() -> None:
     type=BACKENDS,
     metavar="NAME,...",
     default=(),
-    help=f"Of {', '.join(KERNEL_BACKENDS)}. Default: all that run here.",
+    help=f"Of {', '.join(KERNEL_BACKENDS)}, on CUDA of {', '.join(CUDA_BACKENDS)}. Default: all that run here.",
 )
 @options_from(KernelBench, skip=("shapes", "widths", "backends"))
 @json_option
@@ -115,14 +115,14 @@ def kernels(invocation: Invocation, as_json: bool, plot: Path | None, html: Path
 @click.option(
     "--shape",
     type=Shape(),
-    help="Random weights: 1b, 8b, and KEY=NUMBER, as in 1b,layers=4. Default without a model: 1b.",
+    help="Random weights: 1b, 8b, 70b, and KEY=NUMBER, as in 1b,layers=4. Default without a model: 1b.",
 )
 @widths_option
 @options_from(DecodeBench, skip=("shape", "widths"))
 @json_option
 @click.pass_obj
 def decode(invocation: Invocation, as_json: bool, **options: Any) -> None:
-    """Decode with a whole model on the native kernels: tokens/s, the milliseconds of a step by part, the bytes that it
+    """Decode with a whole model on packed weights: tokens/s, the milliseconds of a step by part, the bytes that it
     reads against the measured bandwidth, and what forwards of more rows cost."""
     config = assemble(DecodeBench, options)
     from quantspec.benchmarks.decode import run
@@ -178,18 +178,22 @@ def _circumstances(invocation: Invocation) -> dict[str, Any]:
     }
 
 
+_OURS = ("cpu-int8", "cuda")
+"""The backends whose way to the bound is shown too."""
+
+
 def _print_shape(shape: tuple[int, int], rows: Sequence[Mapping[str, Any]]) -> None:
     names = list(dict.fromkeys(row["backend"] for row in rows))
     columns = ["n"]
     for name in names:
-        columns += [f"{name} ms", "v", *(("of bound", "GB/s") if name == "cpu-int8" else ())]
+        columns += [f"{name} ms", "v", *(("of bound", "GB/s") if name in _OURS else ())]
     cells = []
     for n in sorted({row["n"] for row in rows}):
         line = [str(n)]
         for name in names:
             row = next(row for row in rows if (row["backend"], row["n"]) == (name, n))
             line += [_ms(row["ms"]), f"{row['v']:.2f}"]
-            if name == "cpu-int8":
+            if name in _OURS:
                 line += [f"{row['over_bound']:.2f}x", f"{row['gbps']:.1f}"]
         cells.append(line)
     table(f"{shape[0]} inputs x {shape[1]} outputs", columns, cells)
@@ -200,27 +204,34 @@ def _ms(value: float) -> str:
 
 
 def _closing(report: Mapping[str, Any]) -> Iterator[str]:
-    fastest = report["read_bandwidths"][0]
-    tile, raw = report["tile_gmacs"], report["raw_peak_gmacs"]
-    peak = f" ({tile / raw:.0%} of the bare instruction's)" if raw else ""  # portable code has no such instruction
-    yield (
-        f"{report['processor']}, {report['threads']} threads: reads {report['read_bandwidth_gbps']:.1f} GB/s "
-        f"({fastest['threads']} threads, {fastest['page_bytes'] // 1024} kB pages, {fastest['prefetch']} bytes ahead), "
-        f"inner loop {tile:.0f} GMAC/s{peak}."
-    )
+    yield _machine_line(report)
     for name, reason in report["left_out"].items():
         yield f"Left out: {reason if name in reason else f'{name}, {reason}'}."
     alone = {(row["K"], row["N"], row["backend"]): row for row in report["rows"] if row["n"] == 1}
     for (k, n, name), row in alone.items():
-        dense = alone.get((k, n, "torch-fp32"))
-        if name == "cpu-int8" and dense:
+        rival = "torch-fp32" if name == "cpu-int8" else "torch-bf16"
+        dense = alone.get((k, n, rival))
+        if name in _OURS and dense:
             yield (
-                f"{k}x{n}, one row: cpu-int8 at {row['bandwidth_fraction']:.0%} of the read bandwidth, "
-                f"{dense['ms'] / row['ms']:.1f} times as fast as dense fp32."
+                f"{k}x{n}, one row: {name} at {row['bandwidth_fraction']:.0%} of the read bandwidth, "
+                f"{dense['ms'] / row['ms']:.1f} times as fast as dense {rival.removeprefix('torch-')}."
             )
     yield (
         f"ms: least of {report['rounds']} rounds. v(n) = t(n) / t(1). of bound: t(n) over the longer of reading the "
         "weights and of doing the multiply-adds."
+    )
+
+
+def _machine_line(report: Mapping[str, Any]) -> str:
+    fastest, tile, raw = report["read_bandwidths"][0], report["tile_gmacs"], report["raw_peak_gmacs"]
+    reads = f"reads {report['read_bandwidth_gbps']:.1f} GB/s"
+    if "device_name" in report:
+        return f"{report['device_name']}: {reads} ({fastest['reader']}), torch's bf16 product {raw / 500:.0f} TFLOP/s."
+    peak = f" ({tile / raw:.0%} of the bare instruction's)" if raw else ""  # portable code has no such instruction
+    return (
+        f"{report['processor']}, {report['threads']} threads: {reads} "
+        f"({fastest['threads']} threads, {fastest['page_bytes'] // 1024} kB pages, {fastest['prefetch']} bytes ahead), "
+        f"inner loop {tile:.0f} GMAC/s{peak}."
     )
 
 
@@ -255,6 +266,13 @@ def _print_model(report: Mapping[str, Any]) -> None:
         f"{megabytes:,.1f} MB read at {report['gbps']:.1f} GB/s, {report['bandwidth_fraction']:.0%} of the measured "
         f"{report['read_bandwidth_gbps']:.1f}."
     )
+    if "device_name" in report:
+        click.echo(
+            f"{report['device_name']}, a graph alone {_ms(report['graph_ms'])} ms, "
+            f"{report['graph_bandwidth_fraction']:.0%} of that bandwidth. Parts are graphs over all layers, each "
+            "alone; a norm counts to what it feeds; other: the rest of a step, the host's work above all."
+        )
+        return
     place = f"{report['processor']}, {report['threads']} threads"
     click.echo(f"{place}. A norm counts to what it feeds; other: outside the kernels.")
 
