@@ -5,20 +5,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from quantspec.types import Batch, Tap
+from quantspec.types import Batch, PendingDraft, Tap
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantspec.kernels.draws import Layout
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """``logits [sum(num_logits), V]`` in fp32, and per asked tap one row ``[n, H]`` for *every* row of the batch."""
+    """``logits [sum(num_logits), V]`` in fp32, per asked tap one row ``[n, H]`` for *every* row of the batch, and of a
+    model that draws the ``draws`` of each row with logits, int32 ``[sum(num_logits), layout.width]``."""
 
     logits: Tensor
     taps: Mapping[Tap, Tensor] = field(default_factory=dict)
+    draws: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How one sequence's tokens are drawn: the key of its noise (None: temperature 0), and whether the host still has
+    to truncate its rows, which puts off the noise until then."""
+
+    key: int | None = None
+    temperature: float = 1.0
+    truncates: bool = False
+
+
+NO_DRAW = Draw()
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """What a model that draws is asked besides logits: one ``Draw`` per sequence, the ``layout`` of what it hands out,
+    and the drafts that only the device knows, by sequence. The last rows of those are stand-ins in the batch."""
+
+    draws: Sequence[Draw]
+    layout: Layout
+    pending: Mapping[int, PendingDraft] = field(default_factory=dict)
 
 
 class Cache(Protocol):
@@ -58,3 +85,11 @@ class CausalModel(Protocol):
 
     def forward(self, batch: Batch, caches: Sequence[Cache], taps: Sequence[Tap] = ()) -> Output:
         """Score the batch's rows, writing their keys and values past each cache's committed slots."""
+
+
+@runtime_checkable
+class DrawingModel(CausalModel, Protocol):
+    """A model that draws where its logits are, so that a step brings its verdicts to the host and nothing else."""
+
+    def draw(self, batch: Batch, caches: Sequence[Cache], taps: Sequence[Tap], drawing: Drawing) -> Output:
+        """``forward``, and the draws of its rows. The table stays on the device, like the logits."""

@@ -18,6 +18,7 @@ from quantspec.kernels.triton.cache import MAX_ROWS, commit
 from quantspec.models.triton_frame import TILES, Frame
 
 if TYPE_CHECKING:
+    from quantspec.kernels.draws import Layout
     from quantspec.models.triton_graphs import Replay
     from quantspec.types import Tap
 
@@ -27,14 +28,14 @@ class Storage:
     """What outlives a cache, since captured graphs hold its addresses.
 
     ``kv [layers, 2 kv_heads, slots, head_dim]``; ``cos, sin [>= slots, head_dim]``; inputs by number of rows, and
-    graphs by number of rows and taps (None: used once, not captured yet).
+    graphs by number of rows, taps and what is drawn (None: used once, not captured yet).
     """
 
     kv: Tensor
     cos: Tensor
     sin: Tensor
     frames: dict[int, Frame] = field(default_factory=dict)
-    graphs: dict[tuple[int, tuple[Tap, ...]], Replay | None] = field(default_factory=dict)
+    graphs: dict[tuple[int, tuple[Tap, ...], Layout | None], Replay | None] = field(default_factory=dict)
 
     def frame(self, rows: int) -> Frame:
         """The inputs of a forward of so many rows, filled up."""

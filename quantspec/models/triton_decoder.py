@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quantspec.kernels.draws import Layout
 from quantspec.kernels.triton.attention import attention
 from quantspec.kernels.triton.norm import rms_norm
 from quantspec.kernels.triton.rope import rope
 from quantspec.kernels.triton.rows import ALIGNMENT
+from quantspec.kernels.triton.sampling import draw
 from quantspec.kernels.triton.swiglu import swiglu
-from quantspec.models.base import Cache, Output
+from quantspec.models.base import Cache, Drawing, Output
 from quantspec.models.config import ModelConfig
 from quantspec.models.rope import RopeTable
 from quantspec.models.triton_cache import Storage, TritonCache, allocate_kv, slots_for
@@ -90,6 +92,11 @@ class TritonDecoder:
         weakref.finalize(cache, self._spare.append, storage)
         return cache
 
+    def leave_graphs(self) -> bool:
+        """Launch kernels one by one from now on. False: so it did already."""
+        used, self._graphs.usable = self._graphs.usable, False
+        return used
+
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """``[n, H]``."""
         return self._embedding[self._numbers(tokens)].float()
@@ -107,45 +114,66 @@ class TritonDecoder:
     def forward(self, batch: Batch, caches: Sequence[Cache], taps: Sequence[Tap] = ()) -> Output:
         """See ``CausalModel``. Up to 64 rows of one sequence are a graph from the second time on; other batches, and
         long prompts in rounds, are launched kernel by kernel."""
+        return self._forward(batch, caches, taps, None)
+
+    @torch.inference_mode()
+    def draw(self, batch: Batch, caches: Sequence[Cache], taps: Sequence[Tap], drawing: Drawing) -> Output:
+        """See ``DrawingModel``: the draws are a part of the same graphs."""
+        return self._forward(batch, caches, taps, drawing)
+
+    def _forward(
+        self, batch: Batch, caches: Sequence[Cache], taps: Sequence[Tap], drawing: Drawing | None
+    ) -> Output:  # fmt: skip
         n, storages, asked = len(batch.tokens), self._storages(batch, caches), self._taps(taps)
         logits = torch.empty(sum(batch.num_logits), self.vocab_size, device=self.device)
         tapped = {tap: torch.empty(n, self.hidden_size, device=self.device) for tap in asked}
+        draws = None
+        if drawing is not None:
+            draws = torch.empty(len(logits), drawing.layout.width, dtype=torch.int32, device=self.device)
         with self._lock:
             for part in rounds_of(batch):
                 held = [storages[s] for s in part.sequences]
                 short = len(held) == 1 and part.n <= TILES[-1]
-                output = self._short(part, held[0], asked) if short else self._long(part, held, asked)
+                output = self._short(part, held[0], asked, drawing) if short else self._long(part, held, asked, drawing)
                 # Copies, since the next replay writes over its results. Those of a whole batch lie in its order.
                 whole = part.n == n
-                logits[slice(None) if whole else self._numbers(part.logits)] = output.logits
+                places = slice(None) if whole else self._numbers(part.logits)
+                logits[places] = output.logits
+                if draws is not None and output.draws is not None:
+                    draws[places] = output.draws
                 for tap, rows in output.taps.items():
                     tapped[tap][slice(None) if whole else self._numbers(part.rows)] = rows[: part.n]
-        return Output(logits, tapped)
+        return Output(logits, tapped, draws)
 
-    def _short(self, part: Round, storage: Storage, taps: tuple[Tap, ...]) -> Output:
+    def _short(self, part: Round, storage: Storage, taps: tuple[Tap, ...], drawing: Drawing | None) -> Output:
         """Rows of one sequence, filled up to a tile; by a graph, if there is one. Logits of its last rows are kept."""
-        frame, key = storage.frame(tile_for(part.n)), (tile_for(part.n), taps)
-        frame.fill(part.tokens, part.parents, part.cached)
+        frame, layout = storage.frame(tile_for(part.n)), drawing.layout if drawing else None
+        frame.fill_round(part, drawing)
+        key = tile_for(part.n), taps, layout
 
         def run() -> Output:
-            return self._run(frame, [storage], taps)
+            return self._run(frame, [storage], taps, layout)
 
         if self._graphs.usable and key in storage.graphs and storage.graphs[key] is None:
             storage.graphs[key] = self._graphs.capture(run)
             self.notes += () if self._graphs.usable else (NO_MEMORY,)
         replay = storage.graphs.setdefault(key, None)
         output = run() if replay is None else replay()
-        return Output(output.logits[part.n - len(part.logits) : part.n], output.taps)
+        kept = slice(part.n - len(part.logits), part.n)
+        return Output(output.logits[kept], output.taps, None if output.draws is None else output.draws[kept])
 
-    def _long(self, part: Round, storages: list[Storage], taps: tuple[Tap, ...]) -> Output:
+    def _long(
+        self, part: Round, storages: list[Storage], taps: tuple[Tap, ...], drawing: Drawing | None
+    ) -> Output:  # fmt: skip
         frame = Frame([len(parents) for parents in part.parents], self.device)
-        frame.fill(part.tokens, part.parents, part.cached)
+        frame.fill_round(part, drawing)
         asked = None if len(part.with_logits) == part.n else self._numbers(part.with_logits)
-        return self._run(frame, storages, taps, asked)
+        return self._run(frame, storages, taps, drawing.layout if drawing else None, asked)
 
     def _run(
-        self, frame: Frame, storages: Sequence[Storage], taps: tuple[Tap, ...], asked: Tensor | None = None
-    ) -> Output:
+        self, frame: Frame, storages: Sequence[Storage], taps: tuple[Tap, ...], layout: Layout | None,
+        asked: Tensor | None = None,
+    ) -> Output:  # fmt: skip
         """All launches of a forward, none of which waits for the device. ``asked``: rows with logits; None: all."""
         x = F.embedding(frame.tokens, self._embedding)
         tapped: dict[Tap, Tensor] = {"embed": x.float()} if "embed" in taps else {}
@@ -160,7 +188,13 @@ class TritonDecoder:
                 tapped[i] = stream.float()
         if "norm" in taps:
             tapped["norm"] = normed.float()
-        return Output(self._head(normed if asked is None else normed.index_select(0, asked)), tapped)
+        logits = self._head(normed if asked is None else normed.index_select(0, asked))
+        if layout is None:
+            return Output(logits, tapped)
+        dials, positions = frame.dials, frame.positions()
+        if asked is not None:
+            dials, positions = dials.select(asked), positions.index_select(0, asked)
+        return Output(logits, tapped, draw(logits, dials, positions, layout))
 
     def _attend(self, i: int, layer: TritonLayer, qkv: Tensor, frame: Frame, storages: Sequence[Storage]) -> Tensor:
         """``[n, heads * head_dim]``, sequence by sequence."""
@@ -173,7 +207,7 @@ class TritonDecoder:
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def _numbers(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
 
     def _taps(self, taps: Sequence[Tap]) -> tuple[Tap, ...]:
         known = ("embed", *range(self.config.num_layers), "norm")

@@ -10,7 +10,7 @@ from triton import compile as compile_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from quantspec.kernels.triton import attention, cache, dense, norm, rope, sampling, swiglu
+from quantspec.kernels.triton import attention, cache, dense, graft, norm, rope, sampling, swiglu
 
 ATTEND = {"GROUP": 4, "D": 128, "TILE": 16, "CHUNK": 256, "STEP": 64, "BLOCK": 128}
 
@@ -38,8 +38,10 @@ build(90, swiglu._swiglu, "bf16 bf16", WIDTH=14336, BLOCK=1024)
 heads = {"HEADS": 32, "KV_HEADS": 8, "D": 128, "BLOCK": 128}
 build(90, rope._rope, "bf16 fp32 fp32 bf16 i32 i32 bf16 bf16", "eps scale", NORM=True, **heads)
 build(90, cache._commit, "bf16 i32 i32", D=80, BLOCK=16, COLUMNS=32)
-build(90, sampling._best_of_blocks, "fp32 i64 i64 fp32 i32", VOCAB=128256, BLOCK=2048, NOISE=True)
-build(90, sampling._best_of_row, "fp32 i32 fp32 i64", BLOCKS=63, PADDED=64)
+build(90, sampling._best_of_blocks, "fp32 i64 i32 fp32 i32 fp32 i32 fp32", VOCAB=128256, BLOCK=2048, RANKED=2)
+row = {"BLOCKS": 63, "PADDED": 64, "RANKED": 8, "SPREAD": 512, "WIDTH": 18}
+build(90, sampling._best_of_row, "fp32 i32 fp32 i32", **row)
+build(90, graft._graft, "i32 i32 i32 i32", BLOCK=64)
 tile = {"ROWS": 64, "COLUMNS": 32, "DEPTH": 64}
 build(80, dense._dense, "bf16 bf16 fp32 fp32", HAS_BIAS=True, **tile)
 build(90, dense._dense, "fp32 fp32 fp32 fp32", HAS_BIAS=False, **{**tile, "DEPTH": 32})
