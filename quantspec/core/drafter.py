@@ -13,7 +13,7 @@ import torch
 from quantspec.core.noise import Stream
 from quantspec.core.race import Best
 from quantspec.core.sampling import WarpChain, WarpState
-from quantspec.types import EMPTY_DRAFT, Budget, Draft, Needs, Verdict
+from quantspec.types import EMPTY_DRAFT, Budget, Draft, Needs, Proposal, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +109,7 @@ class Drafter(Protocol):
     def open(self, view: View) -> Any:
         """State for a new sequence."""
 
-    def propose(self, states: Sequence[Any], views: Sequence[View], budgets: Sequence[Budget]) -> list[Draft]:
+    def propose(self, states: Sequence[Any], views: Sequence[View], budgets: Sequence[Budget]) -> Sequence[Proposal]:
         """One draft per sequence, within its budget. May be empty: that is plain decoding."""
 
     def observe(self, state: Any, verdict: Verdict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,4 +54,26 @@ class SparseRace:
         return self.kept.ids[starts[:, None] + np.minimum(ranked, count[:, None] - 1)], scores
 
 
-Race = DenseRace | SparseRace
+@dataclass(slots=True)
+class DrawnRace:
+    """Run on the device: of each row the best ``value [m]``, and ids and log-probabilities ``[m, k]`` of its first.
+    ``whole`` runs it again on the host, for whoever asks for more of them."""
+
+    value: Rows
+    ids: NDArray[np.int32]
+    log_scores: Rows
+    whole: Callable[[], Race]
+
+    def argmax(self) -> list[int]:
+        """Per row the best token, the lowest id on ties. Raises ``ModelError`` if a row has no finite maximum."""
+        check_finite(self.value)
+        return self.ids[:, 0].tolist()
+
+    def best(self, k: int, tau: float = 1.0) -> Best:
+        """The k best of ``log_softmax(row / tau)``."""
+        if tau != 1 or k > self.ids.shape[1]:
+            return self.whole().best(k, tau)
+        return self.ids[:, :k], self.log_scores[:, :k]
+
+
+Race = DenseRace | SparseRace | DrawnRace

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,9 +17,18 @@ import torch
 from numpy.typing import NDArray
 
 from quantspec.core.penalties import History, penalize
-from quantspec.core.race import DenseRace, Race, SparseRace
-from quantspec.core.truncation import Kept, Rows, truncate, truncate_for_draft
+from quantspec.core.race import DenseRace, DrawnRace, Race, SparseRace
+from quantspec.core.truncation import (
+    Kept,
+    Rows,
+    check_finite,
+    truncate,
+    truncate_candidates,
+    truncate_for_draft,
+)
 from quantspec.errors import UsageError
+from quantspec.kernels.draws import Drawn
+from quantspec.models.base import Draw
 from quantspec.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -128,10 +138,29 @@ class WarpChain:
         if self.greedy or not self._truncates:
             return self._noisy(rows, positions, stream)
         cut = truncate if exact else truncate_for_draft
-        kept = cut(rows, self.params.top_k, self.params.top_p, self.params.min_p)
-        if stream is not None:
-            kept = Kept(kept.count, kept.ids, kept.values - stream.noise_at(positions, kept.count, kept.ids))
-        return SparseRace(kept)
+        return _sparse(cut(rows, self.params.top_k, self.params.top_p, self.params.min_p), positions, stream)
+
+    def drawn(self, stream: Stream) -> Draw | None:
+        """What a model that draws must know of this chain; None: it takes the host to weigh the rows."""
+        if not self.stateless or self._bias_ids.size:
+            return None
+        return Draw() if self.greedy else Draw(stream.key, self.params.temperature, self._truncates)
+
+    def drawn_race(self, drawn: Drawn, logits: Tensor, positions: Sequence[int], stream: Stream) -> Race:
+        """``race`` of a stateless chain from what the device tells of its rows; ``logits [m, V]``, which are still
+        there, for what that does not settle."""
+        states = [self._start] * len(positions)
+        if self.greedy or not self._truncates:
+            whole = partial(self.race, states, logits, positions, stream)
+            return DrawnRace(drawn.value, drawn.ids, drawn.log_scores, whole)
+        check_finite(drawn.value)
+        params = self.params.top_k, self.params.top_p, self.params.min_p
+        values = drawn.logits / np.float32(self.params.temperature)
+        kept = truncate_candidates(drawn.candidates, values, drawn.mass, logits.shape[1], *params)
+        if kept is None:
+            # With the device's sums, so that which way a row was cut shows nowhere.
+            kept = truncate(self._weigh(states, _host(logits)), *params, total=drawn.mass)
+        return _sparse(kept, positions, stream)
 
     def _weigh(self, states: Sequence[WarpState], rows: Rows) -> Rows:
         """Penalties, bias, masks and temperature. The result may be the argument itself where nothing is to be done."""
@@ -152,6 +181,12 @@ class WarpChain:
         if self.greedy or stream is None:
             return DenseRace(rows)
         return DenseRace(rows - np.stack([stream.noise(t, rows.shape[1]) for t in positions]))
+
+
+def _sparse(kept: Kept, positions: Sequence[int], stream: Stream | None) -> SparseRace:
+    if stream is None:
+        return SparseRace(kept)
+    return SparseRace(Kept(kept.count, kept.ids, kept.values - stream.noise_at(positions, kept.count, kept.ids)))
 
 
 def _ids(tokens: Iterable[int]) -> NDArray[np.int64]:

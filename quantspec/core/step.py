@@ -11,7 +11,7 @@ from quantspec.core.drafter import Drafter
 from quantspec.core.session import Session
 from quantspec.core.session import trim as trim_limits
 from quantspec.core.verify import Verifier
-from quantspec.types import EMPTY_DRAFT, Budget, Draft, Verdict
+from quantspec.types import EMPTY_DRAFT, Budget, PendingDraft, Proposal, Verdict
 
 
 def warn(line: str) -> None:
@@ -56,7 +56,7 @@ def _propose(
     drafter: Drafter,
     budgets: Sequence[Budget],
     notice: Callable[[str], None],
-) -> list[Draft]:
+) -> list[Proposal]:
     """The drafts, cut to what may be verified: the budget's nodes, and no node past the last token that may be
     drawn."""
     try:
@@ -71,7 +71,11 @@ def _propose(
         return [EMPTY_DRAFT] * len(sessions)
 
 
-def _fit(draft: Draft, max_nodes: int, max_depth: int, vocab_size: int) -> Draft:
+def _fit(draft: Proposal, max_nodes: int, max_depth: int, vocab_size: int) -> Proposal:
+    if isinstance(draft, PendingDraft):
+        if draft.capacity <= max_nodes and draft.max_depth <= max_depth:
+            return draft
+        draft = draft.resolve()
     if not draft.tokens:
         return draft
     assert 0 <= min(draft.tokens) <= max(draft.tokens) < vocab_size, "a drafted token is not in the target's vocabulary"

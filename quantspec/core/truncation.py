@@ -44,11 +44,13 @@ class Kept:
         return self.count.cumsum() - self.count
 
 
-def truncate(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Kept:
+def truncate(
+    rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, total: Rows | None = None
+) -> Kept:  # fmt: skip
     """What top-k (0 is off), then top-p, then min-p keep of log scores ``[m, V]``.
 
     Top-p keeps the fewest tokens whose mass is at least ``top_p`` of what top-k left; min-p those with at least
-    ``min_p`` times the probability of the best.
+    ``min_p`` times the probability of the best. ``total [m]`` is the sum of ``exp(row - best)`` of each, if known.
 
     Raises:
         ModelError: a row has no finite maximum.
@@ -57,8 +59,9 @@ def truncate(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0)
     best = rows.max(axis=-1, keepdims=True)
     check_finite(best)
     prefixes = [min(top_k, size)] if top_k else [*takewhile(lambda k: k < size, _PREFIXES), size]
-    total: Rows | None = None
-    if top_p < 1 and not top_k:
+    if top_p == 1 or top_k:
+        total = None
+    elif total is None:
         # sum(exp(row - best)) as the inverse of the best's share: torch's softmax is four times as fast as numpy's exp,
         # and a row of it is the same in any company.
         total = torch.softmax(torch.from_numpy(rows), dim=-1).amax(dim=-1).reciprocal().numpy()
@@ -72,6 +75,27 @@ def truncate(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0)
         if not todo.size:
             break
     return _at_least(rows, cut, count)
+
+
+def truncate_candidates(
+    ids: Ids, values: Rows, total: Rows, vocab_size: int, top_k: int, top_p: float, min_p: float
+) -> Kept | None:
+    """``truncate`` of whole rows with this ``total``, where their best entries ``[m, c]``, in any order, settle all of
+    them; else None. An entry that equals the least one may tie with others that were left out."""
+    size = values.shape[1]
+    whole = size == vocab_size
+    k = min(top_k, vocab_size) if top_k else size if whole else size - 1
+    if k > size:
+        return None
+    top = _largest(values, k)
+    count = _prefix_length(top, total if top_p < 1 and not top_k else None, top_p, min_p)
+    cut = top[np.arange(len(top)), count - 1]
+    if not whole and ((cut <= values.min(axis=-1)).any() or (not top_k and (count == k).any())):
+        return None
+    order = ids.argsort(axis=-1)
+    kept = _at_least(np.take_along_axis(values, order, -1), cut, count)
+    places = np.take_along_axis(ids, order, -1).ravel()
+    return Kept(count, places[kept.ids + np.arange(len(ids)).repeat(count) * size].astype(np.int64), kept.values)
 
 
 def truncate_for_draft(rows: Rows, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Kept:

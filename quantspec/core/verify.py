@@ -11,16 +11,19 @@ import numpy as np
 import torch
 
 from quantspec.core.accept import accept, ratio_accept
+from quantspec.core.on_device import MOST_LAG, draw
 from quantspec.core.sampling import WarpChain, WarpState
 from quantspec.core.session import Session
 from quantspec.errors import UsageError
-from quantspec.types import Batch, Draft, Needs, Tap, TokenLogprob, Verdict
+from quantspec.models.base import Draw, DrawingModel
+from quantspec.types import Batch, Draft, Needs, PendingDraft, Proposal, Tap, TokenLogprob, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from quantspec.core.noise import Stream
-    from quantspec.models.base import CausalModel
+    from quantspec.kernels.draws import Drawn
+    from quantspec.models.base import CausalModel, Output
 
 NO_NEEDS = Needs()
 
@@ -44,6 +47,7 @@ class Verifier:
         self.stage = stage
         self.rule = rule
         self.prefill_chunk = prefill_chunk
+        self._draws = rule == "exact" and isinstance(model, DrawingModel)
 
     @property
     def exactness(self) -> str:
@@ -92,23 +96,40 @@ class Verifier:
             ratio=self.rule == "ratio",
         )
 
-    def verify(self, sessions: Sequence[Session], drafts: Sequence[Draft], needs: Needs = NO_NEEDS) -> list[Verdict]:
+    def verify(self, sessions: Sequence[Session], drafts: Sequence[Proposal], needs: Needs = NO_NEEDS) -> list[Verdict]:
         """One verdict per session, in one forward (besides the chunks of long lags). Nothing is committed yet."""
         early = [self._catch_up(session, needs.taps) for session in sessions]
-        drafts = [self._fed(session, draft) for session, draft in zip(sessions, drafts, strict=True)]
+        draws = [self._drawn(session) for session in sessions]
+        fed = [self._fed(*each) for each in zip(sessions, drafts, draws, strict=True)]
         rows, lags = [], [session.lag for session in sessions]
-        for session, draft, lag in zip(sessions, drafts, lags, strict=True):
-            parents = (*range(-1, lag - 1), *(lag + parent for parent in draft.parents))
-            rows.append(((*session.tokens[-lag:], *draft.tokens), parents))
-        batch = Batch.of(rows, [session.cached for session in sessions], [len(draft) + 1 for draft in drafts])
-        output = self.model.forward(batch, [session.cache for session in sessions], needs.taps)
+        for session, proposal, lag in zip(sessions, fed, lags, strict=True):
+            parents = (*range(-1, lag - 1), *(lag + parent for parent in proposal.parents))
+            rows.append(((*session.tokens[-lag:], *proposal.tokens), parents))
+        batch = Batch.of(rows, [session.cached for session in sessions], [len(draft.tokens) + 1 for draft in fed])
+        output, known, drawn = self._score(batch, sessions, fed, draws, needs)
         verdicts, end = [], 0
-        for s, (session, draft) in enumerate(zip(sessions, drafts, strict=True)):
-            start, end = end, end + len(draft) + 1
-            logits = output.logits if len(drafts) == 1 else output.logits[start:end]
+        for s, (session, draft) in enumerate(zip(sessions, known, strict=True)):
+            start, end = end, end + batch.num_logits[s]
+            whole = len(output.logits) == len(draft) + 1
+            logits = output.logits if whole else output.logits[start : start + len(draft) + 1]
             new_rows = partial(_new_rows, early[s], output.taps, batch.seq_starts[s], lags[s])
-            verdicts.append(self._judge(session, draft, logits, needs.top_k, new_rows))
+            verdicts.append(self._judge(session, draft, logits, drawn[s], needs.top_k, new_rows))
         return verdicts
+
+    def _score(
+        self,
+        batch: Batch,
+        sessions: Sequence[Session],
+        fed: Sequence[Proposal],
+        draws: Sequence[Draw | None],
+        needs: Needs,
+    ) -> tuple[Output, list[Draft], list[Drawn | None]]:
+        """Logits of the batch, its drafts, and of each session what was drawn on the device, if anything was."""
+        if any(draws):
+            assert isinstance(self.model, DrawingModel)
+            return draw(self.model, batch, sessions, fed, draws, needs)
+        output = self.model.forward(batch, [session.cache for session in sessions], needs.taps)
+        return output, [draft for draft in fed if isinstance(draft, Draft)], [None] * len(sessions)
 
     def _catch_up(self, session: Session, taps: Sequence[Tap]) -> list[Mapping[Tap, Tensor]]:
         """Feed a long lag down to ``prefill_chunk`` rows; returns the chunks' taps."""
@@ -120,8 +141,16 @@ class Verifier:
             session.commit_lag(len(chunk))
         return parts
 
-    def _fed(self, session: Session, draft: Draft) -> Draft:
+    def _drawn(self, session: Session) -> Draw | None:
+        """How the model draws this session's tokens; None: the host draws them, of its logits."""
+        return session.chain.drawn(session.stream) if self._draws else None
+
+    def _fed(self, session: Session, draft: Proposal, drawn: Draw | None) -> Proposal:
         """The part of the draft that this cache and rule can take."""
+        if isinstance(draft, PendingDraft):
+            if drawn and session.lag <= MOST_LAG and not session.cache.chains_only:
+                return draft
+            draft = draft.resolve()
         if draft.is_chain:
             return draft
         if self.rule == "ratio":
@@ -133,14 +162,18 @@ class Verifier:
         session: Session,
         draft: Draft,
         logits: Tensor,
+        drawn: Drawn | None,
         top_k: int,
         new_rows: Callable[[Sequence[int]], Iterator[tuple[Tap, Tensor]]],
     ) -> Verdict:
         chain, stream = session.chain, session.stream
         states, depths = _along_the_tree(session, draft)
         positions = [len(session.tokens) + depth for depth in depths]
-        # The ratio rule draws in its own way, and needs the race for its runners-up alone.
-        race = chain.race(states, logits, positions, stream) if self.rule == "exact" or top_k else None
+        race = None
+        if drawn:
+            race = chain.drawn_race(drawn, logits, positions, stream)
+        elif self.rule == "exact" or top_k:  # the ratio rule draws in its own way
+            race = chain.race(states, logits, positions, stream)
         if self.rule == "ratio":
             y, path = _judge_by_ratio(session, draft, chain.apply_rows(states, logits), positions)
         else:
@@ -204,7 +237,8 @@ def _new_rows(
     """Per tap, one row per newly cached token: chunks of the lag, the rest of it, then the accepted path."""
     rows = [*range(start, start + lag), *(start + lag + node for node in path)]
     for tap, values in taps.items():
-        last = values[torch.tensor(rows, device=values.device)]  # a copy: views would keep all rows alive
+        numbers = torch.tensor(rows).to(values.device, non_blocking=True)
+        last = values[numbers]  # a copy: views would keep all rows alive
         yield tap, torch.cat([*(part[tap] for part in early), last]) if early else last
 
 
