@@ -1,10 +1,10 @@
-"""How much held-out loss quantization costs, GPTQ against round-to-nearest, on the same tokens.
+"""How much held-out loss quantization costs, each method against round-to-nearest, on the same tokens.
 
-    python -m quantspec.benchmarks.quantize_quality MODEL_FOLDER --bits 4 3
+    python -m quantspec.benchmarks.quantize_quality MODEL_FOLDER --bits 4 3 --methods mse gptq
 
-prints one JSON object. Per width: the loss increase of both methods over the dense model (nats per token), their ratio
-and its 95% interval. The interval is a percentile bootstrap over rows of text (512 tokens each), which keeps the
-pairing: every resample weighs the same rows for the dense model, GPTQ and round-to-nearest.
+prints one JSON object. Per width and method: the loss increase over the dense model (nats per token), its share of
+round-to-nearest's and that ratio's 95% interval. The interval is a percentile bootstrap over rows of text (512 tokens
+each), which keeps the pairing: every resample weighs the same rows for the dense model and for both methods.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantspec.calibrate import data
-from quantspec.calibrate.quantize.config import QuantizeConfig
+from quantspec.calibrate.quantize.config import RECIPES, MethodName, QuantizeConfig
 from quantspec.calibrate.quantize.evaluate import hidden_states, log_probs
 from quantspec.calibrate.quantize.run import run
 from quantspec.calibrate.quantize.stream import StreamedModel
 from quantspec.models.config import ModelConfig
 
-METHODS: tuple[Literal["rtn", "gptq"], ...] = ("rtn", "gptq")
 _RESAMPLES = 10_000
 
 
@@ -44,30 +44,38 @@ def losses(folder: Path, rows: Tensor, device: str) -> Tensor:
     return torch.stack(found)
 
 
-def ratio_interval(gptq: Tensor, rtn: Tensor, seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of ``gptq.mean() / rtn.mean()`` for paired loss increases per row ``[S]``."""
+def ratio_interval(increase: Tensor, rtn: Tensor, seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of ``increase.mean() / rtn.mean()`` for paired loss increases per row ``[S]``."""
     picks = torch.randint(len(rtn), (_RESAMPLES, len(rtn)), generator=torch.Generator().manual_seed(seed))
-    ratios = gptq[picks].mean(1) / rtn[picks].mean(1)
+    ratios = increase[picks].mean(1) / rtn[picks].mean(1)
     low, high = ratios.quantile(ratios.new_tensor([0.025, 0.975])).tolist()
     return low, high
 
 
-def compare_methods(config: QuantizeConfig, rows: Tensor, dense: Tensor) -> dict[str, Any]:
-    """Both methods at one width; ``dense [S, T - 1]`` are the parent's losses on ``rows [S, T]``."""
+def compare_methods(
+    config: QuantizeConfig, methods: Sequence[MethodName], rows: Tensor, dense: Tensor
+) -> dict[str, Any]:
+    """Methods at one width, each against round-to-nearest; ``dense [S, T - 1]`` are the parent's losses on
+    ``rows [S, T]``."""
     increase = {}
-    for method in METHODS:
+    for method in dict.fromkeys(("rtn", *methods)):
         with tempfile.TemporaryDirectory() as folder:
             run(replace(config, method=method, out=Path(folder) / "out"))
             after = losses(Path(folder) / "out", rows, config.device)
         increase[method] = (after - dense).double().mean(1)
         print(f"{method}, {config.bits} bits: +{increase[method].mean():.5f} nats per token", file=sys.stderr)
+    rtn = increase["rtn"]
     return {
         "bits": config.bits,
         "group_size": config.group_size,
-        "increase_rtn": float(increase["rtn"].mean()),
-        "increase_gptq": float(increase["gptq"].mean()),
-        "ratio": float(increase["gptq"].mean() / increase["rtn"].mean()),
-        "ratio_95": ratio_interval(increase["gptq"], increase["rtn"]),
+        "methods": {
+            method: {
+                "increase": float(rise.mean()),
+                "ratio": float(rise.mean() / rtn.mean()),
+                "ratio_95": ratio_interval(rise, rtn),
+            }
+            for method, rise in increase.items()
+        },
     }
 
 
@@ -75,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--methods", choices=list(RECIPES), nargs="+", default=["mse", "gptq"])
     parser.add_argument("--rows", type=int, default=128, help="held-out rows of --seq-len tokens")
     parser.add_argument("--held-out", type=Path, default=data.HELD_OUT)
     for name in ("group_size", "calibration", "num_samples", "seq_len", "device"):
@@ -82,14 +91,15 @@ def main() -> None:
         kind = Path if default is None else type(default)
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default)
     given = vars(parser.parse_args())
-    model, widths, count, held_out = (given.pop(name) for name in ("model", "bits", "rows", "held_out"))
+    model, widths, methods = given.pop("model"), given.pop("bits"), given.pop("methods")
+    count, held_out = given.pop("rows"), given.pop("held_out")
     config = QuantizeConfig(model, Path(), eval_samples=0, **given)
 
     eos = next(iter(ModelConfig.load(model).eos_ids), None)
     texts, tokenizer = data.load_texts(held_out), data.load_tokenizer(model)
     rows = data.token_rows(texts, tokenizer, eos, config.seq_len, count, None)
     dense = losses(model, rows, config.device)
-    results = [compare_methods(replace(config, bits=bits), rows, dense) for bits in widths]
+    results = [compare_methods(replace(config, bits=bits), methods, rows, dense) for bits in widths]
     found = {"model": str(model), "tokens": dense.numel(), "loss_before": float(dense.mean()), "results": results}
     print(json.dumps(found, indent=2))
 

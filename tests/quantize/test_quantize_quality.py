@@ -22,8 +22,11 @@ def test_prints_one_object(
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 8 * 63
     (result,) = found["results"]
-    low, high = result["ratio_95"]
-    assert low <= result["ratio"] <= high
+    assert result["methods"].keys() == {"rtn", "mse", "gptq"}
+    for method in result["methods"].values():
+        low, high = method["ratio_95"]
+        assert low <= method["ratio"] <= high
+    assert result["methods"]["rtn"]["ratio"] == 1
 
 
 def test_interval_of_the_ratio_is_paired() -> None:
