@@ -58,6 +58,8 @@ class ModelConfig:
     bos_id: int | None
     eos_ids: tuple[int, ...]
     quantization: Quantization | None = None
+    kv_calibrated: bool = False
+    """Whether queries and keys were scaled, channel by channel, for a cache of few bits."""
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
@@ -100,12 +102,15 @@ class ModelConfig:
             bos_id=raw.get("bos_token_id"),
             eos_ids=_ids(raw.get("eos_token_id")),
             quantization=_quantization(raw, source),
+            kv_calibrated=raw.get(KV_CALIBRATED) is True,
         )
         if config.num_heads % config.num_kv_heads or config.head_dim % 2:
             raise ModelError(f"{source}: {heads} heads of {config.head_dim} over {config.num_kv_heads} key-value heads")
         return config
 
 
+KV_CALIBRATED = "kv_cache_calibrated"
+"""The key of config.json that says so; other engines do not know it, and need not."""
 NATIVE = ("llama", "mistral", "qwen2", "qwen3")
 _NATIVE_HINT = f"native are {', '.join(NATIVE)}; others run through transformers where it knows them"
 
@@ -190,6 +195,8 @@ def _quantization(raw: dict[str, Any], source: str) -> Quantization | None:
     quantization = raw.get("quantization_config")
     if quantization is None:
         return None
+    if not isinstance(quantization, dict):
+        raise ModelError(f"{source}: quantization_config is not a JSON object", hint="download the model again")
     method, form = quantization.get("quant_method"), quantization.get("format")
     if method != "compressed-tensors" or form != "pack-quantized":
         raise UnsupportedModel(

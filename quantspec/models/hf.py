@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantspec.errors import ModelError
+from quantspec.errors import ModelError, QuantSpecError
 from quantspec.models.base import Cache, Output
 from quantspec.models.config import read_config
 from quantspec.models.hf_cache import AttentionCache, RecurrentCache
 from quantspec.models.hf_parts import Parts
+from quantspec.models.hf_quantized import check_after, check_before, weight_bytes
 from quantspec.models.tensors import TensorStore
 from quantspec.types import Batch, Tap
 
@@ -59,7 +60,7 @@ class HFModel:
             getattr(self.config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions")
         )
         self.max_positions: int = next((length for length in lengths if length), _UNBOUNDED)
-        self.weight_bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+        self.weight_bytes = weight_bytes(module)
         self.vocab_size: int = self._plain([[0]]).shape[-1]
         with self.parts.recording(("norm", len(self.parts.layers) - 1)) as taps:
             logits = self._plain([_probe_tokens(self.vocab_size)])
@@ -69,8 +70,16 @@ class HFModel:
     @classmethod
     def load(cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> HFModel:
         """From a local folder with config.json and safetensors. Raises ``ModelError``: an architecture that
-        transformers does not know, code in the folder (auto_map), pickle weights, damaged or missing tensors."""
-        return cls(load_module(Path(folder), dtype, device))
+        transformers does not know, code in the folder (auto_map), pickle weights, damaged or missing tensors, a package
+        that its quantization needs and that is not there."""
+        module = load_module(Path(folder), dtype, device)
+        try:
+            return cls(module)
+        except (QuantSpecError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # foreign code: what it loaded, it may still not be able to run
+            name = type(module).__name__
+            raise ModelError(f"transformers cannot run {name} from {folder}: {_line(error)}") from error
 
     @property
     def device(self) -> torch.device:
@@ -215,7 +224,7 @@ class HFModel:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # foreign code: whatever it raises, it cannot be run this way
-            return (str(error) or type(error).__name__).strip().splitlines()[0]
+            return _line(error)
         # fp32 rounding gives about 1e-6 and half precision or quantized activations up to 0.02; a wrong mask, position
         # or state gives above 1e-3 even on random weights, and about 1 on trained ones.
         exact = self.parts.dtype in (torch.float32, torch.float64) and not getattr(self.module, "is_quantized", False)
@@ -257,10 +266,16 @@ def _probe_tokens(vocab_size: int) -> list[int]:
     return [(i + 1) * vocab_size // 10 for i in range(9)]
 
 
+def _line(error: Exception) -> str:
+    """A foreign error in one line, without its reference to a report that is not shown."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0].partition(" For details look at")[0]
+
+
 def load_module(folder: Path, dtype: torch.dtype, device: str) -> Any:
     """The transformers module of a local folder; see ``HFModel.load``."""
     raw = read_config(folder)
-    TensorStore(folder)  # refuses pickles and damaged files before foreign code sees them
+    store = TensorStore(folder)  # refuses pickles and damaged files before foreign code sees them
+    check_before(raw, store)
     architecture = (raw.get("architectures") or [raw.get("model_type", "without a model_type")])[0]
     from transformers import AutoModelForCausalLM
 
@@ -274,31 +289,42 @@ def load_module(folder: Path, dtype: torch.dtype, device: str) -> Any:
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
                 **placement,
             )
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # foreign code: unknown types, missing packages and odd configs all end here
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise ModelError(f"transformers cannot load {architecture} from {folder}: {reason}") from error
+        raise ModelError(f"transformers cannot load {architecture} from {folder}: {_line(error)}") from error
     module, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{folder} has no tensor {missing[0]} ({len(missing)} missing), which {architecture} needs",
             hint="is it the architecture that config.json names?",
         )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        raise ModelError(
+            f"{folder}: {name} is {list(found)}, and config.json says {list(wanted)}",
+            hint="config.json and the weights belong to different models, or a quantization is not known",
+        )
+    check_after(module, str(folder))
     return module if placement else module.to(device)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar of transformers' own."""
+    """No progress bars and reports of transformers' own: what matters of them is raised in one line."""
+    from logging import CRITICAL
+
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(CRITICAL)
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
