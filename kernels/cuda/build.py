@@ -16,6 +16,7 @@ from pathlib import Path
 
 from quantspec.errors import Unavailable
 from quantspec.kernels.build_cache import built, default_cache, fingerprint, run
+from quantspec.kernels.cuda.tile_format import TileFormat
 
 SOURCES = Path(__file__).parent / "src"
 NVRTC = Path(__file__).parent / "nvrtc.py"
@@ -48,12 +49,13 @@ class Built:
 
 def build(
     target: Target,
+    tile: TileFormat,
     *,
     compiler: str | None = None,
     cache: Path | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Built:
-    """Compile the kernels, unless the cache has them, and return where they are.
+    """Compile the kernels for weights of one format, unless the cache has them, and return where they are.
 
     ``compiler``: nvcc's command, as in $NVCC (None: see ``find_compiler``). ``tell`` gets one line before the compiler
     runs, since that takes seconds. Raises ``Unavailable`` with one line: a device that is too old, no compiler, or one
@@ -64,14 +66,14 @@ def build(
         raise Unavailable(f"the CUDA kernels need compute capability {least}, not {found}")
     command = find_compiler(compiler)
     name = "NVRTC" if str(NVRTC) in command else Path(command[0]).name
-    flags = options(target, () if name == "NVRTC" else ("-cubin",))
+    flags = options(target, tile, () if name == "NVRTC" else ("-cubin",))
 
     def announce() -> None:
         if tell:
-            tell(f"compiling the CUDA kernels with {name}: once, under 30 seconds")
+            tell(f"compiling the CUDA kernels for {tile} with {name}: once, under 20 seconds")
 
     path, notice = built(
-        f"quantspec_cuda-{target.arch}-{_fingerprint(command, flags, name)}.cubin",
+        f"quantspec_cuda-{tile}-{target.arch}-{_fingerprint(command, flags, name)}.cubin",
         lambda out: run([*command, *flags, str(SOURCES / "quantspec_cuda.cu"), "-o", str(out)], name),
         cache=cache or default_cache(),
         what="the CUDA kernels",
@@ -80,9 +82,13 @@ def build(
     return Built(path, notice)
 
 
-def options(target: Target, more: Sequence[str] = ()) -> list[str]:
-    """The compiler's options for a target, as nvcc and NVRTC both take them."""
-    return [*more, *FLAGS, f"-arch={target.arch}", f"-DQS_MEMORY={target.shared_memory}"]
+def options(target: Target, tile: TileFormat, more: Sequence[str] = ()) -> list[str]:
+    """The compiler's options for a target and a format, as nvcc and NVRTC both take them."""
+    defines = {
+        "MEMORY": target.shared_memory, "BITS": tile.bits, "GROUP": tile.group, "ZEROS": int(tile.zeros),
+        "SCALE_BYTES": tile.scale_bytes,
+    }  # fmt: skip
+    return [*more, *FLAGS, f"-arch={target.arch}", *(f"-DQS_{name}={value}" for name, value in defines.items())]
 
 
 def find_compiler(wanted: str | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Linear layers on the CUDA kernels. Dispatch does not offer them: they have not run on a GPU yet."""
+"""Linear layers on the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ class CudaLinear:
         assert workspace.partials.device == self.device
         self.bias = None if bias is None else bias.to(self.device, torch.float32).contiguous()
         self._workspace, self._library = workspace, workspace.library
+        with torch.cuda.device(self.device):
+            self._library.prepare(weight.format)
+            # Kernels copy weights before they wait for the one before them, which must not still be writing these.
+            torch.cuda.current_stream(self.device).synchronize()
         self._blocks = blocks_for(weight.tiles.shape[0] * weight.tiles.shape[1], self._library.multiprocessors)
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -55,11 +59,11 @@ class CudaLinear:
         assert out_dtype in (x.dtype, torch.float32)
         y = x.new_empty(n, weight.rows, dtype=out_dtype)
         if n:
-            x = x if _copyable(x) else x.clone(memory_format=torch.contiguous_format)
+            x = x if _copyable(x) else _copied(x)
             stream = torch.cuda.current_stream(self.device).cuda_stream
             with torch.cuda.device(self.device):
                 params = self._params(x, y)
-                self._library.launch(kernel_name(weight.bits, x.dtype, n), self._blocks, params, stream)
+                self._library.launch(weight.format, kernel_name(x.dtype, n), self._blocks, params, stream)
         return y
 
     def _params(self, x: Tensor, y: Tensor) -> Params:
@@ -76,6 +80,7 @@ class CudaLinear:
             y_stride=y.stride(0),
             n=x.shape[0],
             rows=self.weight.rows,
+            cols=self.weight.cols,
             row_blocks=row_blocks,
             k_tiles=k_tiles,
             bfloat_scales=self.weight.scale_dtype == torch.bfloat16,
@@ -93,6 +98,12 @@ def blocks_for(tiles: int, multiprocessors: int) -> int:
 def _copyable(x: Tensor) -> bool:
     """Whether rows can be copied 16 bytes at a time."""
     return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
+
+
+def _copied(x: Tensor) -> Tensor:
+    """The same values in rows of whole 16 bytes, of which the last few are never read."""
+    n, k = x.shape
+    return x.new_empty(n, -(-k // 8) * 8)[:, :k].copy_(x)
 
 
 def _index(device: torch.device) -> int:

@@ -98,8 +98,10 @@ __device__ inline uint64_t evict_first() {
   return policy;
 }
 
-__device__ inline void copy16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+// The first `bytes`, and zeros up to 16.
+__device__ inline void copy16_or_zeros(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
 }
 
 __device__ inline void copy16(void* shared, const void* global, uint64_t policy) {
@@ -113,6 +115,20 @@ __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" :
 template <int PENDING>
 __device__ inline void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Programmatic dependent launch: the next grid's blocks may start as ours leave; and this one's, if they were started
+// so, wait here until every grid before them has ended and its stores are seen. Nothing on devices without it.
+__device__ inline void let_next_grid_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline void wait_for_grids_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Hopper: one lane has whole pieces copied, and a barrier in shared memory counts the bytes that have come.

@@ -11,7 +11,7 @@ class Ring {
   __device__ Ring(const Params& p, uint8_t* memory, int first, int end)
       : p_(p),
         memory_(memory),
-        weights_(p.weights + int64_t(first) * TILE_BYTES),
+        weights_(p.weights + int64_t(first) * S::TILE_BYTES),
         policy_(evict_first()),
         k_tile_(first % p.k_tiles),
         left_(end - first) {
@@ -21,9 +21,14 @@ class Ring {
         barriers_visible();
       }
       __syncthreads();
-    }
 #pragma unroll 1
-    for (int i = 0; i < S::STAGES - 1; i++) fetch();
+      for (int i = 0; i < S::STAGES - 1 && i < left_; i++) copy_weights(i, weights_ + i * S::TILE_BYTES);
+    }
+    // Weights alone are older than the grids before this one. Those may still write x, and read what this one writes.
+    // Every thread waits, so that a grid ends after all before it.
+    wait_for_grids_before();
+#pragma unroll 1
+    for (int i = 0; i < S::STAGES - 1; i++) fetch<!BULK>();
   }
 
   // Waits for the oldest tile, and has the stage of the one before it filled anew, which every thread has left by then.
@@ -32,7 +37,7 @@ class Ring {
     copies_wait<S::STAGES - 2>();
     if constexpr (BULK) barrier_wait(barrier(using_), phase_);
     __syncthreads();
-    fetch();
+    fetch<true>();
     const uint8_t* stage = memory_ + using_ * S::STAGE_BYTES;
     using_ = after(using_);
     phase_ ^= using_ == 0;
@@ -40,12 +45,12 @@ class Ring {
   }
 
  private:
+  template <bool WEIGHTS>
   __device__ void fetch() {
     if (left_ > 0) {
-      uint8_t* stage = memory_ + filling_ * S::STAGE_BYTES;
-      copy_weights(stage);
-      copy_tokens(stage + TILE_BYTES);
-      weights_ += TILE_BYTES;
+      if constexpr (WEIGHTS) copy_weights(filling_, weights_);
+      copy_tokens(memory_ + filling_ * S::STAGE_BYTES + S::TILE_BYTES);
+      weights_ += S::TILE_BYTES;
       k_tile_ = k_tile_ + 1 == p_.k_tiles ? 0 : k_tile_ + 1;
       left_--;
       filling_ = after(filling_);
@@ -53,24 +58,27 @@ class Ring {
     copies_commit();  // also an empty group, so that the count of pending ones means the same to the end
   }
 
-  __device__ void copy_weights(uint8_t* to) {
+  __device__ void copy_weights(int stage, const uint8_t* weights) {
+    uint8_t* to = memory_ + stage * S::STAGE_BYTES;
     if constexpr (BULK) {
       if (threadIdx.x == 0) {
-        barrier_expect(barrier(filling_), TILE_BYTES);
-        copy_bulk(to, weights_, TILE_BYTES, barrier(filling_), policy_);
+        barrier_expect(barrier(stage), S::TILE_BYTES);
+        copy_bulk(to, weights, S::TILE_BYTES, barrier(stage), policy_);
       }
     } else {
-      each<TILE_BYTES / 16>([&](int i) { copy16(to + 16 * i, weights_ + 16 * i, policy_); });
+      each<S::TILE_BYTES / 16>([&](int i) { copy16(to + 16 * i, weights + 16 * i, policy_); });
     }
   }
 
   __device__ void copy_tokens(uint8_t* to) {
     constexpr int PIECES = S::TOKEN_BYTES / 16;
     const uint8_t* x = static_cast<const uint8_t*>(p_.x) + int64_t(k_tile_) * S::TOKEN_BYTES;
+    const int left = 2 * p_.cols - k_tile_ * S::TOKEN_BYTES;
     each<S::TOKENS * PIECES>([&](int i) {
-      const int token = i / PIECES, offset = i % PIECES * 16;
-      const int row = token < p_.n ? token : p_.n - 1;  // columns past n repeat the last one, and are never stored
-      copy16(to + token * S::TOKEN_STRIDE + offset, x + 2 * row * p_.x_stride + offset);
+      const int token = i / PIECES, offset = i % PIECES * 16, bytes = left - offset;
+      // Zeros past the last k, where weights are filled up, and past the last token, whose column is never stored.
+      copy16_or_zeros(to + token * S::TOKEN_STRIDE + offset, x + 2 * token * p_.x_stride + offset,
+                      token < p_.n && bytes > 0 ? (bytes < 16 ? bytes : 16) : 0);
     });
   }
 

@@ -18,6 +18,9 @@
 
 #define __device__
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -33,12 +36,13 @@ struct Index {
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
+  int bytes, zeros;  // which follow them
 };
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done;
+  bool waited;         // for the grids before this one
   const int* watched;  // it sleeps until this counter is no longer `seen`
   int seen;
   std::vector<std::vector<Copy>> groups;  // committed copies, and those that are not yet
@@ -80,16 +84,28 @@ inline void meet(Meeting& meeting) {
 }
 
 inline void begin_copy(std::vector<Copy>& copies, const Copy& copy) {
-  if (uintptr_t(copy.to) % 16 || uintptr_t(copy.from) % 16 || copy.bytes % 16) {
+  const int size = copy.bytes + copy.zeros;
+  if (uintptr_t(copy.to) % 16 || uintptr_t(copy.from) % 16 || size % 16) {
     std::fprintf(stderr, "a copy is not aligned to 16 bytes\n");
     std::abort();
   }
-  std::memset(copy.to, 0xFF, copy.bytes);
+  std::memset(copy.to, 0xFF, size);
   copies.push_back(copy);
 }
 
+// What an earlier grid may still write or read is out of bounds until it has ended.
+inline void require_wait() {
+  if (!fibers[running].waited) {
+    std::fprintf(stderr, "memory of an earlier grid was touched before it had ended\n");
+    std::abort();
+  }
+}
+
 inline void finish(std::vector<Copy>& copies) {
-  for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  for (const Copy& copy : copies) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.zeros);
+  }
   copies.clear();
 }
 
@@ -116,6 +132,7 @@ bool run_block(int threads, std::mt19937& random, Body& body) {
         &fiber.context,
         +[] {
           (*current)();
+          require_wait();  // or this grid might end before an earlier one
           fibers[running].done = true;
         },
         0);
@@ -221,6 +238,7 @@ inline ThreadIndex threadIdx;
 inline void __syncthreads() { emulation::meet(emulation::block_meeting); }
 inline void __threadfence() {}
 inline int atomicAdd(int32_t* address, int value) {
+  emulation::require_wait();
   *address += value;
   return *address - value;
 }
@@ -277,12 +295,25 @@ inline void mma_bfloat(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
   emulation::mma(c, {a0, a1, a2, a3}, {b0, b1}, true);
 }
 
-inline float4 load_shared_by_all(const float4* p) { return *p; }
-inline void store_shared_by_all(float4* p, float4 value) { *p = value; }
+inline void let_next_grid_start() {}
+inline void wait_for_grids_before() { emulation::fibers[emulation::running].waited = true; }
+
+inline float4 load_shared_by_all(const float4* p) {
+  emulation::require_wait();
+  return *p;
+}
+inline void store_shared_by_all(float4* p, float4 value) {
+  emulation::require_wait();
+  *p = value;
+}
 inline uint64_t evict_first() { return 0; }
 
-inline void copy16(void* shared, const void* global, uint64_t = 0) {
-  emulation::begin_copy(emulation::fibers[emulation::running].groups.back(), {shared, global, 16});
+inline void copy16(void* shared, const void* global, uint64_t) {
+  emulation::begin_copy(emulation::fibers[emulation::running].groups.back(), {shared, global, 16, 0});
+}
+inline void copy16_or_zeros(void* shared, const void* global, int bytes) {
+  emulation::require_wait();
+  emulation::begin_copy(emulation::fibers[emulation::running].groups.back(), {shared, global, bytes, 16 - bytes});
 }
 inline void copies_commit() { emulation::fibers[emulation::running].groups.emplace_back(); }
 template <int PENDING>
@@ -303,7 +334,7 @@ inline void barrier_expect(uint64_t* barrier, int bytes) {
 }
 inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier, uint64_t) {
   emulation::Bulk& bulk = emulation::barriers.at(barrier);
-  emulation::begin_copy(bulk.copies, {shared, global, bytes});
+  emulation::begin_copy(bulk.copies, {shared, global, bytes, 0});
   bulk.count++;
 }
 inline void barrier_wait(uint64_t* barrier, int phase) {

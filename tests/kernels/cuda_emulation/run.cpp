@@ -20,36 +20,34 @@ int launch(const Params& p, int blocks, const int32_t* order, uint32_t seed) {
   return 0;
 }
 
-template <int BITS, class T, int COLUMNS>
+using Stored = Weights<QS_BITS, QS_GROUP, QS_ZEROS, QS_SCALE_BYTES>;
+
+template <class T, int COLUMNS>
 int with_ring(bool bulk, const Params& p, int blocks, const int32_t* order, uint32_t seed) {
   // Few stages, so that short sums go round the ring: two is the least that works.
-  constexpr int STAGE = Shape<BITS, COLUMNS, 1 << 20>::STAGE_BYTES;
-  if (bulk) return launch<Shape<BITS, COLUMNS, RESERVED + 3 * STAGE>, T, true>(p, blocks, order, seed);
+  constexpr int STAGE = Shape<Stored, COLUMNS, 1 << 20>::STAGE_BYTES;
+  if (bulk) return launch<Shape<Stored, COLUMNS, RESERVED + 3 * STAGE>, T, true>(p, blocks, order, seed);
   constexpr int STAGES = COLUMNS == 8 ? 2 : 4;
-  return launch<Shape<BITS, COLUMNS, RESERVED + STAGES * STAGE>, T, false>(p, blocks, order, seed);
+  return launch<Shape<Stored, COLUMNS, RESERVED + STAGES * STAGE>, T, false>(p, blocks, order, seed);
 }
 
-template <int BITS, class T>
+template <class T>
 int with_columns(int columns, bool bulk, const Params& p, int blocks, const int32_t* order, uint32_t seed) {
-  if (columns == 1) return with_ring<BITS, T, 1>(bulk, p, blocks, order, seed);
-  if (columns == 2) return with_ring<BITS, T, 2>(bulk, p, blocks, order, seed);
-  if (columns == 4) return with_ring<BITS, T, 4>(bulk, p, blocks, order, seed);
-  if (columns == 6) return with_ring<BITS, T, 6>(bulk, p, blocks, order, seed);
-  return with_ring<BITS, T, 8>(bulk, p, blocks, order, seed);
+  if (columns == 1) return with_ring<T, 1>(bulk, p, blocks, order, seed);
+  if (columns == 2) return with_ring<T, 2>(bulk, p, blocks, order, seed);
+  if (columns == 4) return with_ring<T, 4>(bulk, p, blocks, order, seed);
+  if (columns == 6) return with_ring<T, 6>(bulk, p, blocks, order, seed);
+  return with_ring<T, 8>(bulk, p, blocks, order, seed);
 }
 
 }  // namespace quantspec
 
 // 0, or 1 where threads wait for each other forever. `order` is the order in which blocks run.
-extern "C" int emulate(int bits, int bfloat, int columns, int bulk, const quantspec::Params* p, int blocks,
-                       const int32_t* order, uint32_t seed) {
+extern "C" int emulate(int bfloat, int columns, int bulk, const quantspec::Params* p, int blocks, const int32_t* order,
+                       uint32_t seed) {
   using namespace quantspec;
-  if (bits == 4) {
-    return bfloat ? with_columns<4, BFloat>(columns, bulk, *p, blocks, order, seed)
-                  : with_columns<4, Half>(columns, bulk, *p, blocks, order, seed);
-  }
-  return bfloat ? with_columns<8, BFloat>(columns, bulk, *p, blocks, order, seed)
-                : with_columns<8, Half>(columns, bulk, *p, blocks, order, seed);
+  return bfloat ? with_columns<BFloat>(columns, bulk, *p, blocks, order, seed)
+                : with_columns<Half>(columns, bulk, *p, blocks, order, seed);
 }
 
 extern "C" int params_size() { return sizeof(quantspec::Params); }
@@ -61,14 +59,19 @@ extern "C" int slot(int tiles, int blocks, int k_tiles, int block, int row_block
   return quantspec::workspace_slot({tiles, blocks}, k_tiles, block, row_block);
 }
 
-// All pairs of codes that a word expands to, as their bits.
-extern "C" void expand(int bits, int bfloat, uint32_t low, uint32_t high, uint32_t* out) {
+// All pairs of codes that a word expands to, less a zero point, as their bits.
+template <class T>
+void expand_word(uint32_t low, uint32_t high, uint32_t zero, uint32_t (&pairs)[4]) {
+  if (QS_BITS == 4) {
+    T::expand4(low, T::zero(zero), pairs);
+  } else {
+    T::expand8(low, high, T::zero(zero), pairs);
+  }
+}
+
+extern "C" void expand(int bfloat, uint32_t low, uint32_t high, uint32_t zero, uint32_t* out) {
   using namespace quantspec;
   uint32_t pairs[4];
-  if (bits == 4) {
-    bfloat ? BFloat::expand4(low, pairs) : Half::expand4(low, pairs);
-  } else {
-    bfloat ? BFloat::expand8(low, high, pairs) : Half::expand8(low, high, pairs);
-  }
+  bfloat ? expand_word<BFloat>(low, high, zero, pairs) : expand_word<Half>(low, high, zero, pairs);
   std::copy(pairs, pairs + 4, out);
 }
