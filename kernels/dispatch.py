@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -16,15 +16,17 @@ Activations = Literal["int8", "fp32"]
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a model asks of its kernels. ``bits`` 16: no weight is quantized; ``group_size`` -1: one scale per output
-    channel; ``rows``: of one forward, at most; ``activations`` None: any."""
+    channel; ``rows``: of one forward, at most; ``head_bits``: of an LM head that is stored unquantized. ``dtype``,
+    ``activations`` and ``head_bits`` None: as the backend does."""
 
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str | None = None
     bits: int = 16
     group_size: int = -1
     rows: int = 1
     row_invariant: bool = False
     activations: Activations | None = None
+    head_bits: int | None = None
 
 
 def _anywhere() -> str | None:
@@ -35,11 +37,12 @@ def _anywhere() -> str | None:
 class Backend:
     """What a backend can do.
 
-    ``dtypes`` are those of its inputs and outputs, ``activations`` what they are rounded to before they meet weights
-    (dense layers of a quantized model never round them). ``group_sizes`` None: any; ``channel``: one scale per output
-    channel too; ``max_rows`` None: any number of rows in one forward. ``row_invariant``: a row has the same bits at any
-    width, tree, chunking and batch. ``missing()`` says why *this machine* cannot run it, None if it can; its first call
-    may take seconds.
+    ``dtypes`` are those it computes in, ``activations`` what they are rounded to before they meet weights (dense layers
+    of a quantized model never round them), ``head_bits`` what an LM head stored unquantized becomes in a quantized
+    model (16: it stays); of each, the first is what runs unless asked otherwise. ``group_sizes`` None: any;
+    ``channel``: one scale per output channel too; ``max_rows`` None: any number of rows in one forward.
+    ``row_invariant``: a row has the same bits at any width, tree, chunking and batch. ``missing()`` says why *this
+    machine* cannot run it, None if it can; its first call may take seconds.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Backend:
     channel: bool
     max_rows: int | None
     row_invariant: bool
+    head_bits: tuple[int, ...] = (16,)
     missing: Callable[[], str | None] = _anywhere
 
     def why_not(self, request: Request) -> str | None:
@@ -62,7 +66,7 @@ class Backend:
         """Why it could not serve the request on any machine; None if it could."""
         if request.device not in self.devices:
             return f"does not run on {request.device}"
-        if request.dtype not in self.dtypes:
+        if request.dtype not in (None, *self.dtypes):
             return f"does not compute in {request.dtype}"
         if request.bits not in self.bits:
             return "needs quantized weights" if request.bits == 16 else f"has no {request.bits}-bit weights"
@@ -70,6 +74,8 @@ class Backend:
             return "has no scales per channel" if request.group_size == -1 else f"has no groups of {request.group_size}"
         if request.activations not in (None, self.activations):
             return f"computes with {self.activations} activations"
+        if request.head_bits not in (None, *self.head_bits):
+            return f"has no LM head in {request.head_bits} bits"
         if self.max_rows is not None and request.rows > self.max_rows:
             return f"takes {self.max_rows} rows at a time, not {request.rows}"
         if request.row_invariant and not self.row_invariant:
@@ -127,6 +133,15 @@ def _avx512() -> str | None:
     return f"torch has an int4 kernel for AVX-512 and AMX; here ({found}) it is 5 to 13 times slower than dense fp32"
 
 
+def _cuda() -> str | None:
+    """The kernels around the packed layers are Triton's."""
+    if (missing := _triton()) is not None:
+        return missing
+    from quantspec.kernels.cuda import library
+
+    return library.usable()
+
+
 @cache
 def _triton() -> str | None:
     if find_spec("triton") is None:
@@ -172,6 +187,7 @@ _CPU_INT8 = replace(
     summary="native: packed weights, int8 activations",
     activations="int8",
     bits=tuple(range(2, 9)),
+    head_bits=(8,),
 )
 _TORCH_INT4 = replace(
     _FAST,
@@ -184,35 +200,53 @@ _TORCH_INT4 = replace(
     missing=_avx512,
 )
 _TRITON = replace(
-    _FAST,
+    _EXACT,
     name="triton",
-    summary="packed weights in Triton's kernels, the rest plain torch",
+    summary="packed weights and all else in Triton's kernels, whole forwards as CUDA graphs; proves itself at load",
     devices=("cuda",),
-    dtypes=("float32", "float16", "bfloat16"),
-    bits=tuple(range(2, 9)),
+    dtypes=("bfloat16", "float16", "float32"),
     group_sizes=range(32, 2**31, 32),
+    head_bits=(8, 4, 16),
     missing=_triton,
 )
-BACKENDS = (_CPU_INT8, _CPU_FP32, _TORCH_INT4, _FAST, _EXACT, _TRITON)
-"""Fastest first; Triton's last, to be asked for by name, until it is measured on a device and its rows are compared."""
+_CUDA = replace(
+    _TRITON,
+    name="cuda",
+    summary="packed weights in CUDA kernels, all else as under triton",
+    dtypes=("bfloat16", "float16"),
+    bits=tuple(range(2, 9)),
+    missing=_cuda,
+)
+BACKENDS = (_CPU_INT8, _CPU_FP32, _TORCH_INT4, _CUDA, _TRITON, _FAST, _EXACT)
+"""Fastest first, on each device."""
 
 NATIVE = (_CPU_INT8.name, _CPU_FP32.name)
 """Those that run a whole forward in one call, on threads of their own."""
 
+PROVEN = (_CUDA.name, _TRITON.name)
+"""Those that show at load, on the device at hand, that they compute right and whether their rows keep their bits."""
 
-def choose(request: Request, name: str | None = None) -> Backend:
-    """The backend of that name, or the fastest that serves the request.
+
+def choose(request: Request, name: str | None = None, failed: Mapping[str, str] | None = None) -> Backend:
+    """The backend of that name, or the fastest that serves the request and has not ``failed`` (name to reason).
 
     Raises ``UsageError``, with every reason, if it does not serve it, if none does, or if there is none of that name.
     """
     if name is not None:
         return _named(request, name)
+    reasons = dict(failed or {})
     for backend in BACKENDS:
-        if backend.why_not(request) is None:
-            return backend
+        if backend.name not in reasons:
+            reason = backend.why_not(request)
+            if reason is None:
+                return backend
+            reasons[backend.name] = reason
     kind = "dense" if request.bits == 16 else f"{request.bits}-bit"
-    reasons = "; ".join(f"{backend.name} {backend.why_not(request)}" for backend in BACKENDS)
-    raise UsageError(f"no kernel for {kind} weights in {request.dtype} on {request.device}", hint=reasons)
+    dtype = f" in {request.dtype}" if request.dtype else ""
+    raise UsageError(
+        f"no kernel for {kind} weights{dtype} on {request.device}",
+        hint="; ".join(f"{each.name} {reasons[each.name]}" for each in BACKENDS),
+    )
 
 
 def _named(request: Request, name: str) -> Backend:
@@ -221,10 +255,15 @@ def _named(request: Request, name: str) -> Backend:
         raise UsageError(f"unknown backend {name!r}", hint=f"one of {', '.join(each.name for each in BACKENDS)}")
     reason = named.why_not(request)
     if reason is not None:
-        able = [each.name for each in BACKENDS if each is not named and each.why_not(request) is None]
-        hint = f"leave the choice to quantspec, or take {_or(able)}" if able else "quantspec doctor tells what works"
-        raise UsageError(f"backend {name} cannot run this model here: {reason}", hint=hint)
+        raise refused(request, named, reason)
     return named
+
+
+def refused(request: Request, named: Backend, reason: str) -> UsageError:
+    """The error that says why a backend that was asked for by name is not taken."""
+    able = [each.name for each in BACKENDS if each is not named and each.why_not(request) is None]
+    hint = f"leave the choice to quantspec, or take {_or(able)}" if able else "quantspec doctor tells what works"
+    return UsageError(f"backend {named.name} cannot run this model here: {reason}", hint=hint)
 
 
 def passed_over(request: Request, chosen: Backend) -> str | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from quantspec.errors import UsageError
+from quantspec.errors import ModelError, QuantSpecError, UsageError
 from quantspec.kernels import dispatch
 from quantspec.kernels.cpu import library
 from quantspec.kernels.dispatch import Activations
@@ -26,6 +26,7 @@ from quantspec.numerics.affine import QuantizedWeight
 
 if TYPE_CHECKING:
     from quantspec.models.cpu_decoder import CpuDecoder
+    from quantspec.models.triton_decoder import TritonDecoder
 
 Packer = Callable[[QuantizedWeight, Tensor | None], Matmul]
 
@@ -37,21 +38,25 @@ def load_model(
     mode: str | None = None,
     backend: str | None = None,
     activations: Activations | None = None,
+    dtype: str | None = None,
+    head_bits: int | None = None,
 ) -> CausalModel:
-    """Load a folder, a hub id or a name of the default family; inputs and outputs are fp32.
+    """Load a folder, a hub id or a name of the default family; logits and taps are fp32.
 
     ``mode`` ``"exact"`` makes rows bit-identical at any width; ``"fast"`` does not ask for it. Default: exact on a CPU,
-    fast elsewhere. ``backend`` is a name of ``dispatch.BACKENDS`` (None: the fastest that serves) and ``activations``
-    what activations are rounded to before they meet quantized weights (None: as the backend does). The model's
-    ``notes`` say why slower kernels run, where they do. Exact mode of the reference is checked at load, for the number
-    of threads set then.
+    fast elsewhere. ``backend`` is a name of ``dispatch.BACKENDS`` (None: the fastest that serves), ``activations`` what
+    activations are rounded to before they meet quantized weights, ``dtype`` what they are kept in, and ``head_bits``
+    what an LM head that is stored unquantized is rounded to (None: as the backend does). The model's ``notes`` say why slower kernels run, where they do. What cannot be known
+    beforehand is checked at load: exact mode of the reference, for the number of threads set then, and the backends of
+    ``dispatch.PROVEN``, of which the next slower one runs where one fails.
 
     Raises ``ModelError`` for a folder that is missing, damaged, unsafe or of an unknown architecture, ``UsageError``
     for a backend that cannot run it.
     """
     if mode not in (None, "exact", "fast"):
         raise UsageError(f"mode must be exact or fast, not {mode!r}")
-    kind = _device_kind(device)
+    device, lowered = usable_device(device, named=backend is not None)
+    kind = torch.device(device).type
     exact = mode == "exact" or (mode is None and backend is None and kind == "cpu")
     folder = resolve(name)
     raw = read_config(folder)
@@ -59,24 +64,98 @@ def load_model(
     try:
         config = ModelConfig.of(raw, str(folder / "config.json"))
     except UnsupportedModel as error:
-        if backend or activations:
+        if backend or activations or dtype or head_bits:
             raise UsageError(f"{error}: it has no backends to choose from", hint="leave the choice out") from error
         from quantspec.models.hf import HFModel
 
-        return HFModel.load(folder, device=device)
+        foreign = HFModel.load(folder, device=device)
+        foreign.notes = (*lowered, *foreign.notes)
+        return foreign
     scheme = config.quantization.scheme if config.quantization else None
     bits, group_size = (scheme.bits, scheme.group_size) if scheme else (16, -1)
-    request = dispatch.Request(kind, "float32", bits, group_size, row_invariant=exact, activations=activations)
-    chosen = dispatch.choose(request, backend)
+    if activations == "fp32" and kind == "cuda":
+        dtype = dtype or "float32"  # there activations are rounded to what they are kept in, and to nothing else
+    request = dispatch.Request(
+        kind, dtype, bits, group_size, row_invariant=exact, activations=activations, head_bits=head_bits,
+    )  # fmt: skip
     with torch.no_grad():
-        model = _load(folder, config, torch.device(device), chosen)
-    if chosen.name in dispatch.NATIVE:
-        note = library.notice()
-    else:
-        missing = None if backend else dispatch.passed_over(request, chosen)
-        note = f"slower kernels run: {missing}" if missing else None
-    model.notes = (note,) if note else ()
+        model = _load_fastest(folder, config, torch.device(device), request, backend)
+    model.notes = (*lowered, *model.notes)
     return model
+
+
+def usable_device(device: str, *, named: bool = False) -> tuple[str, tuple[str, ...]]:
+    """The device, or the CPU and a line that says so where there is no GPU; that stays an error (of ``choose``) for a
+    backend that was ``named``. Raises ``UsageError``: no such device."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device must be cpu or cuda, not {device!r}") from error
+    if wanted.type != "cuda" or named:
+        return device, ()
+    if not torch.cuda.is_available():
+        return "cpu", ("there is no CUDA device that torch can use: the CPU runs instead",)
+    if wanted.index is not None and wanted.index >= torch.cuda.device_count():
+        raise UsageError(f"there is no {device}", hint=f"this machine has {torch.cuda.device_count()} CUDA devices")
+    return device, ()
+
+
+def _load_fastest(
+    folder: Path, config: ModelConfig, device: torch.device, request: dispatch.Request, name: str | None
+) -> CausalModel:
+    """On the backend of that name, or on the fastest that serves and does not fail."""
+    failed: dict[str, str] = {}
+    while True:
+        chosen = dispatch.choose(request, name, failed)
+        loaded = _attempt(folder, config, device, chosen, request)
+        if not isinstance(loaded, str):
+            break
+        if name is not None:
+            raise dispatch.refused(request, chosen, loaded)
+        failed[chosen.name] = loaded
+        gc.collect()  # the memory of a model that failed half way
+        torch.cuda.empty_cache()
+    notes = [f"slower kernels run: {backend}: {reason}" for backend, reason in failed.items()]
+    if chosen.name in dispatch.NATIVE:
+        notes += [library.notice() or ""]
+    elif name is None and not failed:
+        missing = dispatch.passed_over(request, chosen)
+        notes += [f"slower kernels run: {missing}" if missing else ""]
+    loaded.notes = (*filter(None, notes), *loaded.notes)
+    return loaded
+
+
+def _attempt(
+    folder: Path, config: ModelConfig, device: torch.device, backend: dispatch.Backend, request: dispatch.Request
+) -> Decoder | CpuDecoder | TritonDecoder | str:
+    """The model, or why the backend, one that must prove itself, cannot run it here."""
+    if backend.name not in dispatch.PROVEN:
+        return _load(folder, config, device, backend)
+    from quantspec.models.load_triton import Kernels, load_proven
+
+    dtype = getattr(torch, request.dtype or backend.dtypes[0])
+    head_bits = request.head_bits or (backend.head_bits[0] if request.bits != 16 else 16)
+    try:
+        kernels: Kernels = "cuda" if backend.name == "cuda" else "triton"
+        return load_proven(folder, config, device, dtype, head_bits, kernels)
+    except ModelError:
+        raise
+    except Exception as error:  # of compilers, drivers and devices that may never have been seen
+        last = backend.name == dispatch.PROVEN[-1]
+        if last and _out_of_memory(error):  # what is slower takes more
+            raise
+        return _reason(error)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    if _out_of_memory(error):
+        return "out of memory"
+    said = str(error).strip().partition("\n")[0]
+    return said if isinstance(error, QuantSpecError) else f"{type(error).__name__}: {said}"
 
 
 def _load(folder: Path, config: ModelConfig, device: torch.device, backend: dispatch.Backend) -> Decoder | CpuDecoder:
@@ -84,35 +163,15 @@ def _load(folder: Path, config: ModelConfig, device: torch.device, backend: disp
         from quantspec.models.load_cpu import load_cpu_decoder
 
         return load_cpu_decoder(folder, config, backend.activations)
-    decoder = load_decoder(folder, config, device, backend.row_invariant, _packer(backend.name, device))
+    packer = TorchInt4Linear if backend.name == "torch-int4" else None
+    decoder = load_decoder(folder, config, device, backend.row_invariant, packer)
     decoder.backend = backend.name
     return decoder
 
 
-def _packer(backend: str, device: torch.device) -> Packer | None:
-    """What keeps quantized weights packed in the eager decoder; None: they are expanded."""
-    if backend == "torch-int4":
-        return TorchInt4Linear
-    if backend == "triton":
-        from quantspec.kernels.triton.linear import TritonLinear
-
-        return partial(TritonLinear, device=device)
-    return None
-
-
-def _device_kind(device: str) -> str:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UsageError(f"device must be cpu or cuda, not {device!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError("there is no CUDA device that torch can use", hint="use device cpu, or see quantspec doctor")
-    return kind
-
-
 def load_decoder(
-    folder: Path, config: ModelConfig, device: torch.device, exact: bool, pack: Packer | None = None
-) -> Decoder:
+    folder: Path, config: ModelConfig, device: torch.device, exact: bool, pack: Packer | None = None,
+) -> Decoder:  # fmt: skip
     """The eager decoder of a checkpoint. ``pack`` makes the layers whose weights are quantized. Raises ``ModelError``:
     a tensor is missing, misshapen or left over."""
     weights, hidden = Weights(folder, config), config.hidden_size
@@ -151,4 +210,6 @@ def load_decoder(
     norm = dense("model.norm.weight", hidden)
     head = Linear(embedding) if config.tied else linear(Fused((("lm_head", config.vocab_size),), hidden, bias=False))
     weights.refuse_leftovers()
-    return Decoder(config, embedding, layers, norm, head, weight_bytes=weights.bytes, exact=exact)
+    return Decoder(
+        config, embedding, layers, norm, head, weight_bytes=weights.bytes, exact=exact
+    )  # fmt: skip

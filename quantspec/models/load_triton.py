@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,47 +13,52 @@ from quantspec.errors import UsageError
 from quantspec.kernels.triton.dense import TritonDense
 from quantspec.kernels.triton.linear import TritonLinear
 from quantspec.models.config import ModelConfig
-from quantspec.models.load_cpu import HEAD_SCHEME
+from quantspec.models.prove import check_product, prove
 from quantspec.models.triton_decoder import Matmul, TritonDecoder, TritonLayer
 from quantspec.models.weights import Fused, LayerNames, Weights, fuse, join
 from quantspec.numerics.affine import QuantizedWeight, quantize
+from quantspec.numerics.scheme import Scheme
 
 if TYPE_CHECKING:
     from quantspec.kernels.cuda.linear import Workspace
 
 Kernels = Literal["cuda", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_SCHEMES = {bits: Scheme(bits, group_size=128, symmetric=True, dtype="bfloat16") for bits in (4, 8)}
+"""What an LM head is rounded to, by its bits. Scales have fp32's range in 16 bits: rows of rare tokens are small."""
 _CHUNK = 4096  # rows of a head that are rounded at a time, in fp32
 
 
 @torch.no_grad()
 def load_triton_decoder(
     folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, *,
-    head_bits: int = 16, kernels: Kernels = "triton",
+    head_bits: int = 16, kernels: Kernels = "triton", check: bool = False,
 ) -> TritonDecoder:  # fmt: skip
     """The decoder of a checkpoint on Triton's kernels, with activations, keys and values of ``dtype``.
 
-    ``kernels``: those of the packed layers, see ``packed_linear``.
-
-    ``head_bits`` 8: an LM head that is stored unquantized is rounded to ``HEAD_SCHEME``; 16: it stays.
+    ``head_bits`` 4 or 8: an LM head that is stored unquantized is rounded to its scheme in ``HEAD_SCHEMES``; 16: it
+    stays. ``kernels``: those of the packed layers, see ``packed_linear``. ``check``: hold a layer of each kind to the
+    product with its weight.
 
     Raises ``ModelError``: a tensor is missing, misshapen or left over; ``UsageError``: a dtype, device or scheme that
-    the kernels do not have.
+    the kernels do not have; ``Unavailable``: kernels that cannot be had or that compute wrong here.
     """
-    if dtype not in DTYPES or head_bits not in (8, 16):
+    if dtype not in DTYPES or head_bits not in (*HEAD_SCHEMES, 16):
         raise UsageError(f"no Triton kernels for activations of {dtype} and an LM head of {head_bits} bits")
-    loader = _Loader(folder, config, device, dtype, kernels)
+    loader = _Loader(folder, config, device, dtype, kernels, check)
     weights, sizes = loader.weights, (config.vocab_size, config.hidden_size)
     stored = weights.stored("model.embed_tokens.weight", sizes)
     embedding = stored.to(device, dtype).contiguous()
     layers = [loader.layer(i) for i in range(config.num_layers)]
     norm = loader.norm("model.norm.weight")
     head_weight = stored if config.tied else weights.linear("lm_head", sizes)
-    if isinstance(head_weight, Tensor) and head_bits == 8:
-        head_weight = join([quantize(rows, HEAD_SCHEME) for rows in head_weight.float().split(_CHUNK)])
+    if isinstance(head_weight, Tensor) and head_bits in HEAD_SCHEMES:
+        head_weight = join([quantize(rows.float(), HEAD_SCHEMES[head_bits]) for rows in head_weight.split(_CHUNK)])
     head = loader.head(embedding if head_weight is stored else head_weight)
     weights.refuse_leftovers()
-    return TritonDecoder(config, embedding, layers, norm, head, weight_bytes=weights.bytes)
+    model = TritonDecoder(config, embedding, layers, norm, head, weight_bytes=weights.bytes)
+    model.backend, model.notes = kernels, loader.notes()
+    return model
 
 
 def workspace_for(device: torch.device, kernels: Kernels) -> Workspace | None:
@@ -70,33 +76,35 @@ def workspace_for(device: torch.device, kernels: Kernels) -> Workspace | None:
 def packed_linear(
     weight: QuantizedWeight, bias: Tensor | None, device: torch.device, kernels: Kernels,
     workspace: Workspace | None = None, *, out_dtype: torch.dtype | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Matmul:  # fmt: skip
     """A linear layer over packed weights that takes any number of rows, each of which has the same bits among any
     others. It returns ``out_dtype`` (float32, or None: the type of x).
 
     ``kernels`` ``"cuda"``: the CUDA kernels, in float16 and bfloat16, in the ``workspace_for`` the device; what they
-    cannot hold goes to Triton's, as does everything under ``"triton"``. Raises as ``TritonLinear`` does.
+    cannot hold goes to Triton's, as does everything under ``"triton"``, and ``tell`` gets the reason. Raises as
+    ``TritonLinear`` does.
     """
     if kernels == "cuda":
         assert workspace is not None, "the CUDA kernels' layers share one"
-        if (linear := _cuda_linear(weight, bias, device, workspace, out_dtype)) is not None:
-            return linear
+        try:
+            return _cuda_linear(weight, bias, device, workspace, out_dtype)
+        except UsageError as error:
+            if tell:
+                tell(str(error))
     return TritonLinear(weight, bias, device, out_dtype)
 
 
 def _cuda_linear(
     weight: QuantizedWeight, bias: Tensor | None, device: torch.device, workspace: Workspace,
     out_dtype: torch.dtype | None,
-) -> Matmul | None:  # fmt: skip
+) -> Matmul:  # fmt: skip
     from quantspec.kernels.cuda.linear import MAX_ROWS, CudaLinear
     from quantspec.kernels.cuda.packed import pack
 
     zeros = None if weight.zero_point is None else weight.zero_point.to(device)
     moved = QuantizedWeight(weight.codes.to(device), weight.scale.to(device), zeros, weight.scheme)
-    try:
-        linear = CudaLinear(pack(moved), workspace, bias)
-    except UsageError:
-        return None
+    linear = CudaLinear(pack(moved), workspace, bias)
 
     def in_parts(x: Tensor) -> Tensor:
         parts = [linear(part, out_dtype) for part in x.split(MAX_ROWS)]
@@ -105,13 +113,32 @@ def _cuda_linear(
     return in_parts
 
 
+def load_proven(
+    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, head_bits: int, kernels: Kernels
+) -> TritonDecoder:
+    """A decoder that has shown that it computes right here, by graphs where those can be captured.
+
+    Raises as ``load_triton_decoder`` does, ``Unavailable`` where its numbers are wrong, and what compilers raise.
+    """
+    model = load_triton_decoder(folder, config, device, dtype, head_bits=head_bits, kernels=kernels, check=True)
+    prove(model)
+    return model
+
+
 class _Loader:
     def __init__(
-        self, folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: Kernels
+        self, folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: Kernels, check: bool
     ) -> None:
         self.weights = Weights(folder, config)
         self._config, self._device, self._dtype, self._kernels = config, device, dtype, kernels
         self._workspace = workspace_for(device, kernels)
+        self._check, self._checked = check, set[object]()
+        self._refusals: list[str] = []
+
+    def notes(self) -> tuple[str, ...]:
+        """That layers run on other kernels than those asked for."""
+        count = len(self._refusals)
+        return (f"{count} layers run on Triton's kernels: {self._refusals[0]}",) if count else ()
 
     def layer(self, i: int) -> TritonLayer:
         names = LayerNames.of(self._config, i)
@@ -131,19 +158,27 @@ class _Loader:
 
     def head(self, weight: Tensor | QuantizedWeight) -> Matmul:
         """Logits in fp32: in bf16, the best two of a large vocabulary are often equal."""
-        if isinstance(weight, Tensor):
-            return TritonDense(weight.to(self._device, self._dtype), out_dtype=torch.float32)
-        return self._packed(weight, None, out_dtype=torch.float32)
+        return self._matmul(weight, None, torch.float32)
 
     def _linear(self, fused: Fused) -> Matmul:
         weight = fuse([self.weights.linear(name, (size, fused.in_features)) for name, size in fused.parts])
-        bias = self.weights.bias(fused)
-        if isinstance(weight, QuantizedWeight):
-            return self._packed(weight, bias)
-        return TritonDense(weight.to(self._device, self._dtype), bias)
+        return self._matmul(weight, self.weights.bias(fused))
 
-    def _packed(self, weight: QuantizedWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Matmul:
-        return packed_linear(weight, bias, self._device, self._kernels, self._workspace, out_dtype=out_dtype)
+    def _matmul(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None
+    ) -> Matmul:
+        if isinstance(weight, Tensor):
+            weight = weight.to(self._device, self._dtype)
+            made: Matmul = TritonDense(weight, bias, out_dtype)
+            kind: object = weight.shape, out_dtype
+        else:
+            place, tell = (self._device, self._kernels, self._workspace), self._refusals.append
+            made = packed_linear(weight, bias, *place, out_dtype=out_dtype, tell=tell)
+            kind = weight.codes.shape, weight.scheme, out_dtype
+        if self._check and kind not in self._checked:
+            check_product(made, weight, bias, self._device, self._dtype)
+            self._checked.add(kind)
+        return made
 
     def _qk_norm(self, i: int) -> Tensor:
         q, k = self.weights.qk_norm(i)

@@ -19,7 +19,7 @@ from quantspec.errors import UsageError
         ({"method": "medusa-9"}, "unknown method 'medusa-9'", "none, lookup"),
         ({"mode": "exakt"}, "unknown mode 'exakt'", "'exact'"),
         ({"backend": "cpu-fp16"}, "unknown backend 'cpu-fp16'", "'cpu-fp32'"),
-        ({"backend": "cuda"}, "unknown backend 'cuda'", "cpu-int8, cpu-fp32"),
+        ({"backend": "tpu"}, "unknown backend 'tpu'", "cpu-int8, cpu-fp32"),
         ({"activations": "bf16"}, "unknown activations 'bf16'", None),
         ({"rule": "typical"}, "unknown rule 'typical'", "ratio"),
         ({"num_speculative_tokens": -1}, "num_speculative_tokens must be a whole number of at least 0, not -1", None),

@@ -11,6 +11,7 @@ import torch
 
 from quantspec.errors import UsageError
 from quantspec.kernels import dispatch
+from quantspec.kernels.cuda import library as cuda_library
 from quantspec.kernels.dispatch import BACKENDS, Backend, Request, choose, passed_over, table
 
 BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -83,6 +84,13 @@ def test_groups_that_fast_kernels_lack_are_named(machine: dict[str, str | None])
         ("torch-int4", replace(W4, row_invariant=True), "its rows change with the width of a forward"),
         ("reference-fast", replace(W4, row_invariant=True), "its rows change with the width of a forward"),
         ("reference-exact", replace(W4, activations="int8"), "computes with fp32 activations"),
+        ("cpu-int8", replace(W4, head_bits=16), "has no LM head in 16 bits"),
+        ("cpu-fp32", replace(W4, head_bits=8), "has no LM head in 8 bits"),
+        ("cuda", W4, "does not run on cpu"),
+        ("cuda", replace(W4, device="cuda", dtype="float32"), "does not compute in float32"),
+        ("cuda", Request(device="cuda"), "needs quantized weights"),
+        ("triton", replace(W4, device="cuda", group_size=40), "has no groups of 40"),
+        ("triton", replace(W4, device="cuda", head_bits=2), "has no LM head in 2 bits"),
     ],
 )
 def test_refusals_of_one_backend(name: str, request_: Request, reason: str) -> None:
@@ -128,7 +136,8 @@ def test_nothing_serves_and_every_backend_says_why(request_: Request, reason: st
         choose(request_)
     reasons = dict(each.split(" ", 1) for each in (caught.value.hint or "").split("; "))
     assert list(reasons) == list(BY_NAME)
-    assert reasons.pop("triton") == f"does not run on {request_.device}"
+    for on_gpu in ("cuda", "triton"):
+        assert reasons.pop(on_gpu) == f"does not run on {request_.device}"
     assert set(reasons.values()) == {reason}
 
 
@@ -144,19 +153,56 @@ def test_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cpu-int8 does not run on cuda" in (caught.value.hint or "")
 
 
-def test_triton_is_there_by_name_alone(machine: dict[str, str | None]) -> None:
-    on_gpu = replace(W4, device="cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_no_cuda", lambda: None)
-        assert choose(on_gpu).name == "reference-fast"
-        assert choose(on_gpu, "triton").name == "triton"
-        for refused, reason in (
-            (replace(on_gpu, row_invariant=True), "its rows change with the width"),
-            (replace(on_gpu, group_size=40), "has no groups of 40"),
-            (replace(on_gpu, bits=16), "needs quantized weights"),
-        ):
-            with pytest.raises(UsageError, match=reason):
-                choose(refused, "triton")
+ON_GPU = replace(W4, device="cuda")
+
+
+@pytest.fixture
+def gpu(machine: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    monkeypatch.setattr(dispatch, "_no_cuda", lambda: None)
+    return machine
+
+
+@pytest.mark.parametrize(
+    "request_,backend",
+    [
+        (ON_GPU, "cuda"),
+        (replace(ON_GPU, row_invariant=True, head_bits=4), "cuda"),
+        (replace(ON_GPU, dtype="float32"), "triton"),
+        (replace(ON_GPU, bits=16), "triton"),
+        (replace(ON_GPU, bits=16, row_invariant=True), "triton"),
+        (replace(ON_GPU, group_size=40), "reference-fast"),
+        (replace(ON_GPU, group_size=40, row_invariant=True), "reference-exact"),
+    ],
+)
+def test_the_order_on_a_gpu(gpu: dict[str, str | None], request_: Request, backend: str) -> None:
+    assert choose(request_).name == backend
+
+
+def test_a_gpu_without_a_compiler_takes_the_next_and_says_why(gpu: dict[str, str | None]) -> None:
+    gpu["cuda"] = "no CUDA compiler found (nvcc, NVRTC)"
+    chosen = choose(ON_GPU)
+    assert chosen.name == "triton"
+    assert passed_over(ON_GPU, chosen) == gpu["cuda"]
+    assert passed_over(replace(ON_GPU, dtype="float32"), chosen) is None  # the CUDA kernels would not serve anyway
+
+
+def test_backends_that_failed_are_not_taken_again(gpu: dict[str, str | None]) -> None:
+    failed = {"cuda": "its product is wrong"}
+    assert choose(ON_GPU, failed=failed).name == "triton"
+    everything = dict.fromkeys(BY_NAME, "it broke")
+    with pytest.raises(UsageError, match="no kernel for 4-bit weights on cuda") as caught:
+        choose(ON_GPU, failed=everything)
+    assert "cuda it broke" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("reason", ["no CUDA compiler found (nvcc, NVRTC)", None])
+def test_what_the_cuda_kernels_need(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
+    """Triton for the rest of the model, then a compiler and a driver that reads its code."""
+    monkeypatch.setattr(cuda_library, "usable", lambda: reason)
+    monkeypatch.setattr(dispatch, "_triton", lambda: "the triton package is not installed")
+    assert BY_NAME["cuda"].missing() == "the triton package is not installed"
+    monkeypatch.setattr(dispatch, "_triton", lambda: None)
+    assert BY_NAME["cuda"].missing() == reason
 
 
 @pytest.mark.parametrize(

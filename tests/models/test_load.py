@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantspec.errors import ModelError, UsageError
+from quantspec.kernels import dispatch
 from quantspec.models import resolve as resolve_module
 from quantspec.models.atomic import write_manifest
 from quantspec.models.decoder import Decoder
@@ -26,6 +27,7 @@ from .conftest import Pair, change_config, packed_and_dense
 
 GetPair = Callable[[str], Pair]
 TEXT = list(range(40))
+NO_CUDA = "there is no CUDA device that torch can use"
 
 
 def logits(folder: Path, **kernels: Any) -> torch.Tensor:
@@ -130,12 +132,25 @@ def test_wrong_mode(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "device,message", [("gpu7", "device must be cpu or cuda"), ("meta", "no kernel for"), ("cuda", "no CUDA device")]
+    "device,message",
+    [("gpu7", "device must be cpu or cuda"), ("meta", "no kernel for"), ("cuda:2", "there is no cuda:2")],
 )
 def test_wrong_device(folder: Path, device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match=message):
         load_model(folder, device=device)
+
+
+def test_without_a_gpu_the_cpu_runs_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "_no_cuda", lambda: NO_CUDA)
+    model = load_model(folder, device="cuda")
+    assert model.backend == load_model(folder).backend
+    assert model.notes == (f"{NO_CUDA}: the CPU runs instead",)
+    for named in ("cuda", "triton", "reference-fast"):
+        with pytest.raises(UsageError, match=f"backend {named} cannot run this model here"):
+            load_model(folder, device="cuda", backend=named)
 
 
 def test_foreign_architecture_goes_through_transformers(tmp_path: Path) -> None:

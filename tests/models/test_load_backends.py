@@ -103,26 +103,6 @@ def test_torch_int4_in_the_eager_decoder(pair: GetPair, tmp_path: Path, symmetri
     assert float((logits(folder, backend="torch-int4") - logits(folder, backend="reference-fast")).abs().max()) < 1e-4
 
 
-@pytest.mark.usefixtures("triton_device")
-def test_triton_in_the_eager_decoder(pair: GetPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = pytest.importorskip("quantspec.kernels.triton.linear", reason="triton is not installed")
-    if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="triton cannot run this model here: does not run on cpu"):
-            load_model(pair("qwen2").folder, backend="triton")
-        emulated = (replace(each, devices=("cpu",), missing=lambda: None) for each in dispatch.BACKENDS)
-        monkeypatch.setattr(dispatch, "BACKENDS", tuple(emulated))
-    kernels = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
-    folder = packed_and_dense(pair("qwen2").folder, tmp_path, Scheme(4, 32, symmetric=False))["packed"]
-    model = load_model(folder, backend="triton", **kernels)
-    assert isinstance(model, Decoder)
-    assert (model.backend, model.row_invariant) == ("triton", False)
-    assert [isinstance(layer.down, linear.TritonLinear) for layer in model.layers] == [True, False, True]
-    assert all(isinstance(layer.qkv, linear.TritonLinear) for layer in model.layers)
-    packed, expanded = (logits(folder, backend=backend, **kernels) for backend in ("triton", "reference-fast"))
-    # The same weights and fp32 sums in another order, as above.
-    assert float((packed - expanded).abs().max()) < 1e-4
-
-
 def test_without_a_compiler_the_reference_runs_and_says_why(
     w4: Path, pair: GetPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

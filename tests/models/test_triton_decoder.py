@@ -29,8 +29,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from quantspec.kernels.triton import attention
 from quantspec.models import triton_frame, triton_rounds
-from quantspec.models.load_cpu import HEAD_SCHEME
-from quantspec.models.load_triton import load_triton_decoder
+from quantspec.models.load_triton import HEAD_SCHEMES, load_triton_decoder
 from quantspec.models.triton_decoder import TritonDecoder
 from quantspec.models.triton_graphs import Graphs
 
@@ -209,7 +208,7 @@ def test_parts_are_those_of_a_forward(odd: TritonDecoder) -> None:
 
 def test_head_in_8_bits(folders: dict[str, Path], device: torch.device) -> None:
     model, plain = (load(folders["w8-odd"], device, torch.float32, head_bits=bits) for bits in (8, 16))
-    rounded = Linear(dequantize(quantize(plain._embedding.cpu(), HEAD_SCHEME)))
+    rounded = Linear(dequantize(quantize(plain._embedding.cpu(), HEAD_SCHEMES[8])))
     x = torch.randn(3, model.hidden_size)
     # 36 products of numbers below 1, summed in another order.
     torch.testing.assert_close(model.head(x.to(device)).cpu(), rounded(x), rtol=0, atol=1e-5)
