@@ -88,8 +88,11 @@ class CausalModel(Protocol):
 
 
 @runtime_checkable
-class DrawingModel(CausalModel, Protocol):
-    """A model that draws where its logits are, so that a step brings its verdicts to the host and nothing else."""
+class DrawingModel(Protocol):
+    """A ``CausalModel`` that draws where its logits are, so that a step brings its verdicts to the host and nothing
+    else."""
+
+    vocab_size: int
 
     def draw(self, batch: Batch, caches: Sequence[Cache], taps: Sequence[Tap], drawing: Drawing) -> Output:
         """``forward``, and the draws of its rows. The table stays on the device, like the logits."""
