@@ -19,6 +19,7 @@ from quantspec.kernels.build_cache import built, default_cache, fingerprint, run
 from quantspec.kernels.cuda.tile_format import TileFormat
 
 SOURCES = Path(__file__).parent / "src"
+KERNELS, PROBE = SOURCES / "quantspec_cuda.cu", SOURCES / "probe.cu"
 NVRTC = Path(__file__).parent / "nvrtc.py"
 FLAGS = ("-std=c++17",)
 LEAST = (8, 0)
@@ -64,22 +65,16 @@ def build(
     if target.capability < LEAST:
         found, least = (".".join(map(str, pair)) for pair in (target.capability, LEAST))
         raise Unavailable(f"the CUDA kernels need compute capability {least}, not {found}")
-    command = find_compiler(compiler)
-    name = "NVRTC" if str(NVRTC) in command else Path(command[0]).name
-    flags = options(target, tile, () if name == "NVRTC" else ("-cubin",))
-
-    def announce() -> None:
-        if tell:
-            tell(f"compiling the CUDA kernels for {tile} with {name}: once, under 20 seconds")
-
-    path, notice = built(
-        f"quantspec_cuda-{tile}-{target.arch}-{_fingerprint(command, flags, name)}.cubin",
-        lambda out: run([*command, *flags, str(SOURCES / "quantspec_cuda.cu"), "-o", str(out)], name),
-        cache=cache or default_cache(),
-        what="the CUDA kernels",
-        tell=announce,
+    return _compiled(
+        f"quantspec_cuda-{tile}-{target.arch}", KERNELS, options(target, tile), f"for {tile}", compiler, cache, tell
     )
-    return Built(path, notice)
+
+
+def build_probe(target: Target, compiler: str | None = None, cache: Path | None = None) -> Built:
+    """The same for the kernels of ``probe``, which Hopper alone has. Raises ``Unavailable``."""
+    if target.arch != "sm_90a":
+        raise Unavailable(f"wgmma is there on compute capability 9.0 alone, not on {target.arch}")
+    return _compiled("probe", PROBE, [*FLAGS, f"-arch={target.arch}"], "of the probe", compiler, cache, None)
 
 
 def options(target: Target, tile: TileFormat, more: Sequence[str] = ()) -> list[str]:
@@ -89,6 +84,28 @@ def options(target: Target, tile: TileFormat, more: Sequence[str] = ()) -> list[
         "SCALE_BYTES": tile.scale_bytes,
     }  # fmt: skip
     return [*more, *FLAGS, f"-arch={target.arch}", *(f"-DQS_{name}={value}" for name, value in defines.items())]
+
+
+def _compiled(
+    name: str, source: Path, options: Sequence[str], which: str, compiler: str | None, cache: Path | None,
+    tell: Callable[[str], None] | None,
+) -> Built:  # fmt: skip
+    command = find_compiler(compiler)
+    program = "NVRTC" if str(NVRTC) in command else Path(command[0]).name
+    flags = [*options] if program == "NVRTC" else ["-cubin", *options]
+
+    def announce() -> None:
+        if tell:
+            tell(f"compiling the CUDA kernels {which} with {program}: once, under 20 seconds")
+
+    path, notice = built(
+        f"{name}-{_fingerprint(command, flags, program)}.cubin",
+        lambda out: run([*command, *flags, str(source), "-o", str(out)], program),
+        cache=cache or default_cache(),
+        what="the CUDA kernels",
+        tell=announce,
+    )
+    return Built(path, notice)
 
 
 def find_compiler(wanted: str | None = None) -> list[str]:
