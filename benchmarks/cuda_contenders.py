@@ -100,9 +100,16 @@ class CudaField:
         return CudaContender("torch-bf16", "dense", None, plain.nbytes, [_bind(linear, copy) for copy in copies])
 
     def _marlin(self) -> CudaContender:
-        if find_spec("gptqmodel") is None:
-            raise Unavailable("the gptqmodel package is not installed")
-        raise Unavailable("not measured yet")
+        from quantspec.kernels import gptqmodel
+
+        if (why := gptqmodel.missing()) is not None:
+            raise Unavailable(why)
+        weight = self.weight
+        nbytes = weight.codes.numel() * self.bits // 8 + weight.scale.nbytes
+        layers: list[Layer] = [
+            gptqmodel.MarlinLinear(weight, None, self.device, self.dtype) for _ in range(copies_of(nbytes))
+        ]
+        return self._packed("gptqmodel-marlin", nbytes, layers)
 
     def _nf4(self) -> CudaContender:
         if find_spec("bitsandbytes") is None:

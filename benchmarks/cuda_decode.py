@@ -2,7 +2,7 @@
 
 A step's time is the host's, from its tokens to the next token. What the device does of it is a replay of the forward's
 graph; its parts are graphs of their own, each of which goes through the part in all layers, so that no weight is in the
-second-level cache. Whatever is left of the step ("other") is the host's work and the gaps between launches.
+second-level cache. Whatever is left of the step ("other") is the draw, the host's work and the gaps between launches.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from quantspec.benchmarks.shapes import SHAPES
 from quantspec.benchmarks.timing import alternate
 from quantspec.engine.build import DEFAULT_TARGET
 from quantspec.errors import Unavailable, UsageError
+from quantspec.kernels.draws import Drawn, Layout
 from quantspec.kernels.triton.norm import rms_norm
 from quantspec.kernels.triton.swiglu import swiglu
+from quantspec.models.base import NO_DRAW, Drawing
 from quantspec.models.load import load_model
 from quantspec.models.load_triton import Kernels
 from quantspec.models.triton_decoder import TritonDecoder
@@ -36,6 +38,9 @@ from quantspec.models.triton_frame import Frame, tile_for
 from quantspec.types import Batch
 
 _GROUP_SIZE = 128
+_GREEDY = Drawing([NO_DRAW], Layout())
+WARM_UP = 3
+"""Forwards: kernels are compiled by the first of a width, its graph is captured by the second."""
 Call = Callable[[], object]
 
 
@@ -52,12 +57,14 @@ class CudaDecoding:
     def forward(self, tokens: Iterable[int]) -> int:
         """One forward of a chain of tokens; returns the token that is likeliest to follow."""
         batch = Batch.chain(tuple(tokens), self.cache.length)
-        return int(self.model.forward(batch, [self.cache]).logits[-1].argmax())
+        table = self.model.draw(batch, [self.cache], (), _GREEDY).draws
+        assert table is not None
+        return int(Drawn.read(table[-1:].cpu().numpy(), _GREEDY.layout).ids[0, 0])
 
     def decode(self, count: int) -> tuple[list[float], float]:
         """Decode greedily, one token at a time: seconds of each step, and of all of them."""
         token, steps = self._token(), []
-        for _ in range(3):  # kernels are compiled by the first forward of a width, its graph is captured by the second
+        for _ in range(WARM_UP):
             self.forward([token])
         began = perf_counter()
         for _ in range(count):
@@ -74,7 +81,7 @@ class CudaDecoding:
 
         def call(n: int) -> Call:
             tokens = [self._token() for _ in range(n)]
-            for _ in range(3):
+            for _ in range(WARM_UP):
                 self.forward(tokens)
             return lambda: self.forward(tokens)
 
@@ -86,7 +93,7 @@ class CudaDecoding:
         model, storage = self.model, self.cache.storage
         frame = storage.frame(rows)
         frame.fill([self._token() for _ in range(rows)], [range(-1, rows - 1)], [self.context])
-        calls: dict[str, list[Call]] = {"graph": [lambda: model._run(frame, [storage], ())]}
+        calls: dict[str, list[Call]] = {"graph": [lambda: model._run(frame, [storage], (), _GREEDY.layout)]}
         calls |= parts(model, frame, self)
         return {name: cuda_timing.graph(each) for name, each in calls.items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantspec.benchmarks import cuda_timing
+from quantspec.benchmarks import cuda_decode, cuda_timing
 
 CPU = torch.device("cpu")
 
@@ -43,6 +43,7 @@ def pretended_cuda(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device)
     monkeypatch.setattr(cuda_timing, "current_device", lambda: CPU)
     monkeypatch.setattr(cuda_timing, "graph", _graph)
     monkeypatch.setattr(cuda_timing, "alternate", _alternate)
+    monkeypatch.setattr(cuda_decode, "WARM_UP", 0)
     monkeypatch.setattr(cuda_timing, "ROTATED", 1 << 8)
     monkeypatch.setattr(cuda_timing, "_READ_BYTES", 1 << 17)
     monkeypatch.setattr(cuda_timing, "_SQUARE", 64)

@@ -98,11 +98,11 @@ def test_random_weights_use_every_code() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_decode() -> None:
     config = DecodeBench(
-        shape=SMALL, device="cuda", kernels="triton", group_size=32, context=5, tokens=1, widths=(2,), rounds=1
+        shape=SMALL, device="cuda", kernels="triton", group_size=32, context=5, tokens=1, widths=(1,), rounds=1
     )
     report: dict[str, Any] = json.loads(json.dumps(cuda_decode.run(config)))
     assert (report["backend"], report["mode"], report["shape"]) == ("triton", "w4a16", vars(SMALL))
-    assert [row["n"] for row in report["rows"]] == [1, 2]
+    assert [row["n"] for row in report["rows"]] == [1]
     assert all(row.keys() >= ROW_KEYS for row in report["rows"])
     assert report["tokens_per_second"] > 0
     # Keys and values of 5 tokens: 1 layer, 1 head, 32 numbers of 2 bytes, twice.
