@@ -108,7 +108,7 @@ def test_batches(model: TritonDecoder, text: list[int]) -> None:
 def test_graphs_serve_every_context_without_waiting(model: TritonDecoder, text: list[int], truth: torch.Tensor) -> None:
     cache = prefilled(model, text[:40], LENGTH)
     decode(model, text[40:43], cache)  # launched, captured, replayed
-    captured = cache.storage.graphs[8, ("norm",)]
+    captured = cache.storage.graphs[8, ("norm",), None]
     assert captured is not None
     assert not model.notes
     rows = []
@@ -119,5 +119,5 @@ def test_graphs_serve_every_context_without_waiting(model: TritonDecoder, text: 
             cache.commit([0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert cache.storage.graphs[8, ("norm",)] is captured
+    assert cache.storage.graphs[8, ("norm",), None] is captured
     assert torch.equal(torch.cat(rows), truth[43:300])
