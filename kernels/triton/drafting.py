@@ -290,6 +290,6 @@ class Growth:
             tokens, scores, self._candidates[0], self._candidates[1], self._scores, self._candidates[2], self._nodes,
             self._bases, self.paths, self.rows, self.tokens, limits.max_depth, limits.prices, limits.stops, record,
             level, start, tokens.numel(), self.children, self.width, self.depth, capacity, stops,
-            self._size, triton.next_power_of_2(most),
-            triton.next_power_of_2(self.width), triton.next_power_of_2(self.depth), _PART, level == self.depth - 1, num_warps=8,
+            self._size, triton.next_power_of_2(most), triton.next_power_of_2(self.width),
+            triton.next_power_of_2(self.depth), _PART, level == self.depth - 1, num_warps=8,
         )  # fmt: skip

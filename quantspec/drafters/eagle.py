@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,10 @@ from quantspec.drafters.eagle_head import EagleHead, HeadConfig, NativeEagleHead
 from quantspec.drafters.tree import Tree, assemble, frontier, rerank
 from quantspec.errors import ModelError
 from quantspec.kernels.dispatch import NATIVE
-from quantspec.types import EMPTY_DRAFT, Budget, Draft, Needs, Verdict
+from quantspec.types import EMPTY_DRAFT, Budget, Needs, Proposal, Verdict
+
+if TYPE_CHECKING:
+    from quantspec.models.base import CausalModel
 
 _CHUNK = 256
 """Slots per forward while a long prompt is read, which bounds the attention scores to [heads, 256, length]."""
@@ -87,7 +90,11 @@ class Eagle:
         probe = model.embed([0])
         model.head(probe)  # some targets have a head that cannot be borrowed, and say so here
         self._model = model
-        kind = NativeEagleHead if parts.model.backend in NATIVE else EagleHead
+        self._load(parts.model, probe)
+
+    def _load(self, model: CausalModel, probe: Tensor) -> None:
+        """Load the head onto the device and in the type of ``probe``, a row of the target's embedding."""
+        kind = NativeEagleHead if model.backend in NATIVE else EagleHead
         self._head = kind.load(self.folder, probe.device, probe.dtype)
 
     def open(self, view: View) -> EagleState:
@@ -96,10 +103,10 @@ class Eagle:
         return EagleState(kv, kv.new_empty(0, self.config.model.hidden_size))
 
     @torch.inference_mode()
-    def propose(self, states: Sequence[EagleState], views: Sequence[View], budgets: Sequence[Budget]) -> list[Draft]:
+    def propose(self, states: Sequence[EagleState], views: Sequence[View], budgets: Sequence[Budget]) -> list[Proposal]:
         return [self._draft(*arguments) for arguments in zip(states, views, budgets, strict=True)]
 
-    def _draft(self, state: EagleState, view: View, budget: Budget) -> Draft:
+    def _draft(self, state: EagleState, view: View, budget: Budget) -> Proposal:
         depth = min(self.options.depth, budget.max_depth, view.remaining - 1)
         # While features lag (tokens came without a forward) one empty draft lets the verifier catch up.
         if min(depth, budget.max_nodes) < 1 or state.count != len(view.tokens) - 1:

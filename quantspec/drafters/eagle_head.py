@@ -24,6 +24,7 @@ from quantspec.models.tensors import TensorStore
 
 ARCHITECTURE = "LlamaForCausalLMEagle"
 _LAYER = "layers.0."
+NORM = f"{_LAYER}post_attention_layernorm.weight"
 _OWN_KEYS = {"tau", "base"}  # "base" is for people: what the head was trained on
 
 
@@ -80,7 +81,7 @@ class HeadConfig:
             f"{layer}mlp.gate_proj.weight": (mlp, hidden),
             f"{layer}mlp.up_proj.weight": (mlp, hidden),
             f"{layer}mlp.down_proj.weight": (hidden, mlp),
-            f"{layer}post_attention_layernorm.weight": (hidden,),
+            NORM: (hidden,),
         }
 
 
@@ -97,7 +98,24 @@ def _taus(raw: Any, source: str) -> dict[float, float]:
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 
 
-def _fused(config: HeadConfig, tensors: Mapping[str, Tensor]) -> Weights:
+def read_head(folder: Path) -> tuple[HeadConfig, dict[str, Tensor]]:
+    """A head's configuration and its tensors by checkpoint name: exactly ``config.shapes()`` and perhaps
+    ``embed_tokens.weight``. Raises ``ModelError`` for a missing, unused or misshapen tensor, or a pickle."""
+    config, store = HeadConfig.load(folder), TensorStore(folder)
+    shapes = config.shapes()
+    if "embed_tokens.weight" in store:
+        shapes["embed_tokens.weight"] = (config.model.vocab_size, config.model.hidden_size)
+    for name in store.keys():  # noqa: SIM118 - a TensorStore is not a dict
+        if name not in shapes:
+            raise ModelError(f"{folder}: tensor {name} has no place in an EAGLE head", hint="is it EAGLE-1 or -2?")
+    for name, shape in shapes.items():
+        if store.shape(name) != shape:
+            found, asked = list(store.shape(name)), list(shape)
+            raise ModelError(f"{folder}: tensor {name} is {found}, but config.json asks for {asked}")
+    return config, {name: store.get(name) for name in shapes}
+
+
+def fuse_head(config: HeadConfig, tensors: Mapping[str, Tensor]) -> Weights:
     """Weight and bias of each matmul; q, k and v, and gate and up, are one."""
     attention = [f"{_LAYER}self_attn.{name}_proj" for name in ("q", "k", "v")]
     qkv_bias = torch.cat([tensors[f"{name}.bias"] for name in attention]) if config.model.qkv_bias else None
@@ -116,12 +134,12 @@ class EagleHead:
     def __init__(
         self, config: HeadConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
     ) -> None:
-        """``tensors`` by checkpoint name, exactly ``config.shapes()`` and perhaps ``embed_tokens.weight``."""
+        """``tensors`` as ``read_head`` returns them."""
         self.config, self._device, self._dtype = config, device, dtype
         own = tensors.get("embed_tokens.weight")
         self.embed_weight = None if own is None else own.to(device, dtype)
         self.rope = RopeTable(config.model.rope, config.model.head_dim, device, dtype)
-        self._take(_fused(config, tensors), tensors[f"{_LAYER}post_attention_layernorm.weight"])
+        self._take(fuse_head(config, tensors), tensors[NORM])
 
     def _take(self, weights: Weights, norm: Tensor) -> None:
         moved = {
@@ -138,19 +156,8 @@ class EagleHead:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> EagleHead:
-        """From a safetensors folder. Raises ``ModelError`` for a missing, unused or misshapen tensor, or a pickle."""
-        config, store = HeadConfig.load(folder), TensorStore(folder)
-        shapes = config.shapes()
-        if "embed_tokens.weight" in store:
-            shapes["embed_tokens.weight"] = (config.model.vocab_size, config.model.hidden_size)
-        for name in store.keys():  # noqa: SIM118 - a TensorStore is not a dict
-            if name not in shapes:
-                raise ModelError(f"{folder}: tensor {name} has no place in an EAGLE head", hint="is it EAGLE-1 or -2?")
-        for name, shape in shapes.items():
-            if store.shape(name) != shape:
-                found, asked = list(store.shape(name)), list(shape)
-                raise ModelError(f"{folder}: tensor {name} is {found}, but config.json asks for {asked}")
-        return cls(config, {name: store.get(name) for name in shapes}, device, dtype)
+        """From a safetensors folder; raises as ``read_head`` does."""
+        return cls(*read_head(folder), device, dtype)
 
     def new_kv(self, capacity: int) -> Tensor:
         """Zeroed keys and values, ``[2, kv_heads, capacity, head_dim]``."""

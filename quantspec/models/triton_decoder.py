@@ -101,6 +101,10 @@ class TritonDecoder:
         """``[n, H]``."""
         return self._embedding[self._numbers(tokens)].float()
 
+    def embed_rows(self, tokens: Tensor) -> Tensor:
+        """``[n, H]`` in the type of the activations, of tokens ``[n]`` that are on the device."""
+        return F.embedding(tokens, self._embedding)
+
     def final_norm(self, x: Tensor) -> Tensor:
         """``[n, H]`` to ``[n, H]``: the head's input, and the "norm" tap."""
         rows = _aligned(x.to(self.dtype).contiguous())
@@ -175,7 +179,7 @@ class TritonDecoder:
         asked: Tensor | None = None,
     ) -> Output:  # fmt: skip
         """All launches of a forward, none of which waits for the device. ``asked``: rows with logits; None: all."""
-        x = F.embedding(frame.tokens, self._embedding)
+        x = self.embed_rows(frame.tokens)
         tapped: dict[Tap, Tensor] = {"embed": x.float()} if "embed" in taps else {}
         eps = self.config.rms_norm_eps
         normed, stream = rms_norm(x, self._layers[0].input_norm, eps)

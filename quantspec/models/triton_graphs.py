@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -12,13 +12,16 @@ from quantspec.models.base import Output
 NO_MEMORY = "no memory to capture CUDA graphs: kernels are launched one by one, which is slower"
 
 
+T = TypeVar("T")
+
+
 class Replay(Protocol):
     def __call__(self) -> Output:
         """Run again on what the inputs hold now. The next replay writes over the result."""
 
 
 class Graphs:
-    """Captures forwards on one device, while it is ``usable``."""
+    """Captures forwards and drafts on one device, while it is ``usable``."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -26,7 +29,7 @@ class Graphs:
         # Results are copied before another graph runs: all of them can use the same memory in turn.
         self._pool = torch.cuda.graph_pool_handle() if self.usable else None
 
-    def capture(self, run: Callable[[], Output]) -> Replay | None:
+    def capture(self, run: Callable[[], T]) -> Callable[[], T] | None:
         """``run`` must have run before (its kernels are compiled then) and not wait for the device. None: there is no
         memory, and there are no graphs from now on."""
         try:
@@ -37,12 +40,12 @@ class Graphs:
         self.usable = False
         return None
 
-    def _capture(self, run: Callable[[], Output]) -> Replay:
+    def _capture(self, run: Callable[[], T]) -> Callable[[], T]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool):
             output = run()
 
-        def replay() -> Output:
+        def replay() -> T:
             graph.replay()
             return output
 

@@ -10,7 +10,7 @@ from triton import compile as compile_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from quantspec.kernels.triton import attention, cache, dense, graft, norm, rope, sampling, swiglu
+from quantspec.kernels.triton import attention, cache, dense, drafting, graft, norm, rope, sampling, swiglu
 
 ATTEND = {"GROUP": 4, "D": 128, "TILE": 16, "CHUNK": 256, "STEP": 64, "BLOCK": 128}
 
@@ -45,3 +45,12 @@ build(90, graft._graft, "i32 i32 i32 i32", BLOCK=64)
 tile = {"ROWS": 64, "COLUMNS": 32, "DEPTH": 64}
 build(80, dense._dense, "bf16 bf16 fp32 fp32", HAS_BIAS=True, **tile)
 build(90, dense._dense, "fp32 fp32 fp32 fp32", HAS_BIAS=False, **{**tile, "DEPTH": 32})
+race = {"VOCAB": 128256, "BLOCK": 2048}
+build(90, drafting._best_of_blocks, "fp32 i32 i64 fp32 fp32 i32 fp32 fp32", K=4, WARM=True, NOISE=True, **race)
+blocks = {"BLOCKS": 63, "PADDED": 64, "K": 4}
+build(90, drafting._best_of_row, "fp32 i32 fp32 fp32 i32 fp32", SIZE=256, **blocks)
+build(90, drafting._best_of_kept, "fp32 i64 fp32 fp32 i32 i64 fp32 i32 fp32", SIZE=64, **blocks)
+grown = "i32 fp32 i32 i32 fp32 i32 i32 fp32 i32 i32 i32 i32 fp32 i32 i32"
+tree = {"K": 10, "WIDTH": 10, "DEPTH": 7, "CAPACITY": 60, "STOPS": 8, "SIZE": 1024, "LEVEL": 128, "SLOTS": 16}
+build(80, drafting._grow, grown, STEPS=8, PART=32, LAST=False, **tree)
+build(90, drafting._grow, grown, STEPS=8, PART=32, LAST=True, **tree)

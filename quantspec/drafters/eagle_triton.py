@@ -1,0 +1,197 @@
+"""EAGLE on Triton's kernels: a whole draft, from the features of the last step to the record of a tree, is one CUDA
+graph, and the host hears of it from the verifier alone.
+
+The trees are those of ``Eagle``, up to rounding, and to truncation, which looks at the best 64 tokens. Where the warp
+needs the host (penalties, masks, biases), ``Eagle`` grows the tree with this head.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantspec.core.drafter import View
+from quantspec.core.step import warn
+from quantspec.drafters.config import EagleOptions
+from quantspec.drafters.eagle import Eagle, EagleState
+from quantspec.drafters.eagle_frame import Form, Frame, Seat
+from quantspec.drafters.eagle_head import read_head
+from quantspec.drafters.eagle_triton_head import TritonEagleHead
+from quantspec.kernels.spans import round_up
+from quantspec.kernels.triton.attention import CHUNK
+from quantspec.kernels.triton.drafting import Growth, best_children
+from quantspec.kernels.triton.rows import Rows
+from quantspec.models import triton_frame
+from quantspec.models.base import CausalModel
+from quantspec.models.triton_decoder import TritonDecoder
+from quantspec.models.triton_graphs import NO_MEMORY, Graphs
+from quantspec.models.triton_rounds import MOST_ROWS
+from quantspec.types import EMPTY_DRAFT, Budget, PendingDraft, Proposal
+
+_SPARE_SEATS = 2
+_WIDEST = 16
+"""Nodes of a level that one program can grow."""
+
+
+@dataclass(slots=True)
+class TritonEagleState(EagleState):
+    """See ``EagleState``; ``kv`` is that of the ``seat``."""
+
+    seat: Seat = field(kw_only=True)
+
+
+class TritonEagle(Eagle):
+    """``Eagle`` for a ``TritonDecoder``. ``notice`` gets a line when there is no memory for graphs."""
+
+    _decoder: TritonDecoder
+    _network: TritonEagleHead
+    _graphs: Graphs
+
+    def __init__(
+        self, folder: Path | str, options: EagleOptions | None = None, notice: Callable[[str], None] = warn
+    ) -> None:
+        super().__init__(folder, options)
+        self._notice = notice
+        self._spare: deque[Seat] = deque(maxlen=_SPARE_SEATS)
+        self._lock = threading.Lock()  # graphs share memory
+
+    def _load(self, model: CausalModel, probe: Tensor) -> None:
+        assert isinstance(model, TritonDecoder), "engine.build chose this drafter for another model"
+        self._decoder = model
+        self._network = TritonEagleHead(*read_head(self.folder), model.device, model.dtype)
+        self._graphs = Graphs(model.device)
+
+    def open(self, view: View) -> TritonEagleState:
+        """Raises ``ResourceError``: no memory."""
+        room = max(triton_frame.TILES[-1], self.options.top_k * self.options.depth)
+        slots = round_up(len(view.tokens) + view.remaining + room, CHUNK)
+        with self._lock:
+            seat = next((spare for spare in self._spare if spare.kv.shape[1] == slots), None)
+            if seat is not None:
+                self._spare.remove(seat)
+            else:
+                self._spare.clear()
+                self._network.rope.grow(slots)
+                seat = Seat(self._network.new_kv(slots), self._network.rope.cos, self._network.rope.sin)
+        return TritonEagleState(seat.kv, seat.kv.new_empty(0, self.config.model.hidden_size), seat=seat)
+
+    def close(self, state: EagleState) -> None:
+        assert isinstance(state, TritonEagleState)
+        self._spare.append(state.seat)
+        super().close(state)
+
+    def _draft(self, state: EagleState, view: View, budget: Budget) -> Proposal:
+        depth = min(self.options.depth, budget.max_depth, view.remaining - 1)
+        # While features lag (tokens came without a forward) one empty draft lets the verifier catch up.
+        if min(depth, budget.max_nodes) < 1 or state.count != len(view.tokens) - 1:
+            return EMPTY_DRAFT
+        if self.options.top_k > _WIDEST or not _on_device(view):
+            return super()._draft(state, view, budget)
+        assert isinstance(state, TritonEagleState)
+        if state.count - state.filled > triton_frame.TILES[-1]:
+            self._fill(state, view.tokens)  # a prompt; its last slot is filled once more below
+        new = max(state.count - state.filled, 1)
+        frame, tau = self._frame(state.seat, view, budget, new), self.config.tau_at(view.chain.params.temperature)
+        start = state.count - new
+        frame.fill(view.tokens[start + 1 :], state.features[start - state.base :], view, tau, budget, depth)
+        with self._lock:
+            self._run(state.seat, frame)
+        state.filled = state.count
+        return PendingDraft(frame.record, frame.form.capacity, depth, self.name)
+
+    def _frame(self, seat: Seat, view: View, budget: Budget, new: int) -> Frame:
+        width, depth, params = self._width, self.options.depth, view.chain.params
+        noisy = not view.chain.greedy
+        truncated = noisy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+        capacity = min(budget.max_nodes, width * (1 + (depth - 1) * width))
+        form = Form(triton_frame.tile_for(new), capacity, noisy, truncated)
+        if form not in seat.frames:
+            hidden, network = self.config.model.hidden_size, self._network
+            seat.frames[form] = Frame(form, depth, width, hidden, network.device, network.dtype)
+        return seat.frames[form]
+
+    @property
+    def _width(self) -> int:
+        return min(self.options.top_k, self._model.vocab_size)
+
+    def _run(self, seat: Seat, frame: Frame) -> None:
+        """``_launch``, as a graph from the second time on."""
+
+        def launch() -> None:
+            self._launch(seat, frame)
+
+        if self._graphs.usable and frame.form in seat.graphs and seat.graphs[frame.form] is None:
+            seat.graphs[frame.form] = self._graphs.capture(launch)
+            if not self._graphs.usable:
+                self._notice(NO_MEMORY)
+        replay = seat.graphs.setdefault(frame.form, None)
+        if replay is None:
+            launch()
+        else:
+            replay()
+
+    def _launch(self, seat: Seat, frame: Frame) -> None:
+        """All launches of a draft: the slots of true features, then level by level."""
+        network, depth = self._network, self.options.depth
+        chain, cache = frame.chain, (seat.kv, seat.cos, seat.sin)
+        x = network.forward(frame.features, self._embed_rows(frame.tokens), *cache, chain, chain)
+        x = x.index_select(0, frame.last)
+        growth = Growth(self._width, self._width, depth, network.device)
+        for level in range(depth):
+            best = best_children(self._decoder.head(x), frame.race, level, self._width)
+            growth.grow(best, level, frame.limits, frame.record)
+            if level + 1 < depth:
+                embedded, parents = self._embed_rows(growth.tokens), x.index_select(0, growth.rows)
+                x = network.forward(parents, embedded, *cache, *frame.rows(level, growth.paths))
+
+    def _embed_rows(self, tokens: Tensor) -> Tensor:
+        own = self._network.embed_weight
+        return self._decoder.embed_rows(tokens) if own is None else F.embedding(tokens, own)
+
+    def _embed(self, tokens: Sequence[int]) -> Tensor:
+        return self._embed_rows(torch.tensor(tokens, dtype=torch.int32).to(self._network.device, non_blocking=True))
+
+    def _fill(self, state: EagleState, tokens: Sequence[int]) -> Tensor:
+        """See ``Eagle._fill``."""
+        assert isinstance(state, TritonEagleState)
+        start, outputs, seat = min(state.filled, state.count - 1), state.features, state.seat
+        while start < state.count:
+            end = min(start + MOST_ROWS, state.count)
+            rows = Rows.of(range(-1, end - start - 1), start, self._network.device)
+            features = state.features[start - state.base : end - state.base]
+            embedded = self._embed(tokens[start + 1 : end + 1])
+            outputs = self._network.forward(features, embedded, seat.kv, seat.cos, seat.sin, rows, rows)
+            start = end
+        state.filled = state.count
+        return outputs[-1:]
+
+    def _expand(
+        self, state: EagleState, tokens: Sequence[int], features: Tensor, level: int, columns: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """See ``Eagle._expand``."""
+        assert isinstance(state, TritonEagleState)
+        seat, device, first = state.seat, self._network.device, columns[0][-1]
+        depths = torch.full((len(tokens),), level - 1, dtype=torch.int32)
+        cached, paths = torch.tensor([state.filled]), torch.tensor([list(path) for path in columns])
+        numbers = (cached + first, depths - first, cached, depths, paths)
+        start, offsets, *seen = (each.to(device, torch.int32) for each in numbers)
+        cache = (seat.kv, seat.cos, seat.sin)
+        return self._network.forward(
+            features, self._embed(tokens), *cache, Rows(start, offsets, seen[2]), Rows(seen[0], seen[1], seen[2])
+        )
+
+    def describe(self) -> str:
+        return f"{super().describe()}, on the device"
+
+
+def _on_device(view: View) -> bool:
+    """Whether the draws of this sequence need no more than temperature, truncation and noise."""
+    chain = view.chain
+    return chain.stateless and not chain.params.logit_bias and (chain.greedy or view.stream is not None)
