@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -40,6 +41,7 @@ def doctor(as_json: bool) -> None:
         "versions": _versions(),
         "machine": _machine(),
         "native kernels": _native(),
+        "CUDA kernels": _cuda(),
         "kernel backends": _backends(),
         "optional packages": {name: _state(name, module, remark) for name, (module, remark) in OPTIONAL.items()},
     }
@@ -68,7 +70,7 @@ def _version(name: str) -> str:
 def _machine() -> dict[str, Any]:
     import torch
 
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    gpus = [_gpu(torch.cuda.get_device_properties(index)) for index in range(torch.cuda.device_count())]
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
@@ -77,25 +79,49 @@ def _machine() -> dict[str, Any]:
         "torch cpu capability": torch.backends.cpu.get_cpu_capability()
         + (", AMX" if "amx_int8" in cpu_flags() else ""),
         "gpus": ", ".join(gpus) or "none",
+        "torch's CUDA": torch.version.cuda or "none: this torch is built for CPUs",
     }
+
+
+def _gpu(device: Any) -> str:
+    return f"{device.name} (compute capability {device.major}.{device.minor}, {device.total_memory / 2**30:.0f} GiB)"
 
 
 def _native() -> dict[str, str]:
     """How the CPU kernels are made here."""
     from quantspec.kernels.cpu import build, library
 
-    try:
-        compiler = shlex.join(build.find_compiler())
-    except QuantSpecError as error:
-        compiler = str(error)
     library.announce(note)
-    reason = library.usable()
     return {
-        "state": "usable" if reason is None else f"not usable: {reason}",
+        "state": _usable(library.usable()),
         "instruction set": build.cpu_level(),
-        "compiler": compiler,
+        "compiler": _command(build.find_compiler),
         "cache": library.notice() or str(build.default_cache()),
     }
+
+
+def _cuda() -> dict[str, str]:
+    """How the GPU's kernels are made here. What they compute is checked as a model is loaded."""
+    from quantspec.kernels.build_cache import default_cache
+    from quantspec.kernels.cuda import build, library
+
+    library.announce(note)
+    return {
+        "state": _usable(library.usable()),
+        "compiler": _command(build.find_compiler),
+        "cache": str(default_cache()),
+    }
+
+
+def _usable(reason: str | None) -> str:
+    return "usable" if reason is None else f"not usable: {reason}"
+
+
+def _command(find: Callable[[], list[str]]) -> str:
+    try:
+        return shlex.join(find())
+    except QuantSpecError as error:
+        return str(error)
 
 
 def _backends() -> dict[str, str]:

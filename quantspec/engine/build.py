@@ -21,6 +21,7 @@ from quantspec.engine.engine import Engine, is_out_of_memory
 from quantspec.engine.stats import TimedVerifier
 from quantspec.errors import ModelError, ResourceError, UsageError
 from quantspec.kernels.cpu import library
+from quantspec.kernels.cuda import library as cuda_library
 from quantspec.kernels.dispatch import NATIVE
 from quantspec.models.base import CausalModel
 from quantspec.models.load import load_model
@@ -55,6 +56,8 @@ def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
     """
     notice = _once(notice)
     library.announce(notice)
+    if config.device != "cpu":
+        cuda_library.announce(notice)
     folder = resolve(DEFAULT_TARGET if config.model == "default" else config.model)
     config = with_parts(config, notice)
     if config.threads:
@@ -97,9 +100,11 @@ def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def _target(config: EngineConfig, folder: Path, notice: Callable[[str], None]) -> CausalModel:
-    load = partial(load_model, folder, device=config.device, mode=config.mode)
+    load = partial(load_model, folder, device=config.device, mode=config.mode, dtype=_dtype(config))
     try:
-        model = load(backend=config.backend, activations=config.activations)
+        model = load(
+            backend=config.backend, activations=config.activations, head_bits=config.head_bits
+        )  # fmt: skip
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -117,15 +122,19 @@ def _draft_model(config: EngineConfig, notice: Callable[[str], None]) -> CausalM
     # The text does not depend on a drafter, so its rows need no fixed bits.
     load = partial(load_model, resolve(config.draft_model), device=config.device, mode="fast")
     try:
-        model = load(backend=config.backend, activations=config.activations)
+        model = load(backend=config.backend, activations=config.activations, dtype=_dtype(config))
     except UsageError as error:
-        if not (config.backend or config.activations):
+        if not (config.backend or config.activations or _dtype(config)):
             raise
         model = load()
         notice(f"{config.draft_model} runs on {model.backend}: {error}")
     for line in model.notes:
         notice(line)
     return model
+
+
+def _dtype(config: EngineConfig) -> str | None:
+    return None if config.dtype == "auto" else config.dtype
 
 
 def _torch_threads(models: Sequence[CausalModel], threads: int | None) -> int | None:

@@ -27,6 +27,11 @@ KERNELS = tuple(backend.name for backend in BACKENDS)
 ACTIVATIONS = get_args(Activations)
 """What activations are rounded to before they meet quantized weights."""
 
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+"""What activations are kept in; ``auto``: as the backend does."""
+
+DTYPES, HEAD_BITS = get_args(Dtype), (4, 8, 16)
+
 RULES = ("exact", "ratio")
 """``exact``: keyed noise, so the text does not depend on the drafter. ``ratio``: min(1, p/q), equal in distribution."""
 
@@ -50,7 +55,10 @@ class EngineConfig:
     node, and (for a cascade, where the tree meets the intermediate) nodes. ``max_context`` bounds prompt and output
     below the model's own limit. ``max_batch`` sequences run at a time; more wait. ``threads`` None: every core.
     ``mode`` None: exact on a CPU, fast elsewhere. ``backend`` and ``activations`` None: the fastest that can run the
-    model; a draft model that cannot follow takes its own fastest, and a line says so.
+    model; a draft model that cannot follow takes its own fastest, and a line says so. ``dtype`` is what activations are
+    kept in (``"auto"``: bfloat16 on a GPU's own kernels, float32 elsewhere), ``head_bits`` what the target's LM head is
+    rounded to if it is stored unquantized (None: as the backend does, which is 8 for a quantized target on a GPU's own
+    kernels and under ``cpu-int8``).
     """
 
     model: str = "default"
@@ -69,6 +77,8 @@ class EngineConfig:
     device: str = "cpu"
     backend: str | None = None
     activations: Activations | None = None
+    dtype: Dtype = "auto"
+    head_bits: int | None = None
     max_context: int | None = None
     max_batch: int = 8
     prefill_chunk: int = 512
@@ -80,11 +90,14 @@ class EngineConfig:
             ("mode", MODES),
             ("backend", KERNELS),
             ("activations", ACTIVATIONS),
+            ("dtype", DTYPES),
+            ("head_bits", HEAD_BITS),
             ("rule", RULES),
         ):
             value = getattr(self, name)
-            if value not in choices and not (value is None and name != "rule"):
-                hint = did_you_mean(str(value), choices) or f"one of {', '.join(choices)}"
+            if value not in choices and not (value is None and name not in ("dtype", "rule")):
+                words = tuple(map(str, choices))
+                hint = did_you_mean(str(value), words) or f"one of {', '.join(words)}"
                 raise UsageError(f"unknown {name} {value!r}", hint=hint)
         for name, least in (
             ("num_speculative_tokens", 0),

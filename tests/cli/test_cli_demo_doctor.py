@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,7 +73,8 @@ def test_demo_prompts_are_in_gsm8k_form() -> None:
 
 def test_doctor(call) -> None:
     report = json.loads(call("doctor", "--json").out)
-    assert report.keys() == {"versions", "machine", "native kernels", "kernel backends", "optional packages"}
+    kernels = {"native kernels", "CUDA kernels", "kernel backends"}
+    assert report.keys() == {"versions", "machine", "optional packages"} | kernels
     assert report["native kernels"].keys() == {"state", "instruction set", "compiler", "cache"}
     assert list(report["kernel backends"]) == [backend.name for backend in BACKENDS]
     assert all(state.startswith(("usable (", "not usable: ")) for state in report["kernel backends"].values())
@@ -99,6 +101,25 @@ def test_doctor_without_a_compiler(call, monkeypatch: pytest.MonkeyPatch) -> Non
     backends = report["kernel backends"]
     assert backends["cpu-int8"].startswith("not usable: no C++ compiler found (g++) (")
     assert backends["reference-exact"].startswith("usable (")
+
+
+def test_doctor_on_a_gpu(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from quantspec.kernels.cuda import build as cuda_build
+    from quantspec.kernels.cuda import library as cuda_library
+
+    gpu = SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=141 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    old = "cannot load the CUDA kernels: device kernel image is invalid"
+    monkeypatch.setattr(cuda_library, "usable", lambda: old)
+    monkeypatch.setattr(cuda_build, "find_compiler", lambda: ["/usr/local/cuda/bin/nvcc"])
+    report = json.loads(call("doctor", "--json").out)
+    one = "Some GPU (compute capability 9.0, 141 GiB)"
+    assert report["machine"]["gpus"] == f"{one}, {one}"
+    kernels = report["CUDA kernels"]
+    assert (kernels["state"], kernels["compiler"]) == (f"not usable: {old}", "/usr/local/cuda/bin/nvcc")
 
 
 def test_doctor_gives_the_reason_of_a_package_that_does_not_import(

@@ -36,6 +36,16 @@ from quantspec.types import SamplingParams
         (["generate", "x", "--method", "egle"], "unknown method 'egle'. hint: did you mean 'eagle'?"),
         (["generate", "x", "--backend", "cpu-int"], "unknown backend 'cpu-int'. hint: did you mean 'cpu-int8'?"),
         (["generate", "x", "--activations", "int4"], "is not one of"),
+        (["generate", "x", "--dtype", "half"], "is not one of"),
+        (["generate", "x", "--head-bits", "3"], "unknown head_bits 3. hint: one of 4, 8, 16"),
+        (
+            ["generate", "x", "--dtype", "bfloat16"],
+            "no kernel for 4-bit weights in bfloat16 on cpu. hint: cpu-int8",
+        ),
+        (
+            ["generate", "x", "--head-bits", "4"],
+            "no kernel for 4-bit weights on cpu. hint: cpu-int8 has no LM head",
+        ),
         (["generate", "x", "--rule", "ratio", "--method", "eagle"], "the ratio rule verifies chains"),
         (["generate", "x", "--speculative-config", '{"methd": "ngram"}'], "hint: did you mean 'method'?"),
         (["generate", "x", "--speculative-config", '{"method": "medusa"}'], "'medusa' is not supported"),
