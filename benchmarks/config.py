@@ -62,7 +62,7 @@ class DecodeBench:
     """Instead of a model: random weights of this shape."""
     device: Device = "cpu"
     """Where."""
-    kernels: Literal["cuda", "triton"] | None = None
+    kernels: Literal["cuda", "triton", "gptqmodel-marlin"] | None = None
     """On CUDA, those of the packed layers. Default: cuda where they run, else triton."""
     activations: Literal["int8", "fp32"] | None = None
     """What activations are rounded to before they meet quantized weights. Default: int8 where weights are."""

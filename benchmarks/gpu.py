@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any, BinaryIO
 
+import quantspec
 from quantspec.benchmarks import gpu_page
 from quantspec.errors import UsageError, VerificationError
 from quantspec.models.atomic import write_bytes
@@ -51,6 +52,7 @@ PARTS = (
     Part("decode-70b", 30, 90),
     Part("decode-8b-triton", 20, 60),
     Part("prove", 15, 60),
+    Part("probe", 5, 45),
     Part("launch", 15, 60),
     Part("decode-1b", 15, 45),
     Part("sanitizer", 40, 120),
@@ -73,6 +75,7 @@ def run(
     report |= {"minutes": minutes, "parts": {}}
     deadline = clock() + 60 * minutes
     with TemporaryDirectory() as scratch, open(out / "gpu.log", "wb") as log:
+        variables = environment(Path(scratch) / "site")
         for part in parts:
             left = deadline - clock()
             if left < part.least:
@@ -80,7 +83,7 @@ def run(
                 found["why"] = f"{left:.0f} s were left, and it needs {part.least:.0f}"
             else:
                 result, began = Path(scratch) / f"{part.name}.json", clock()
-                status = _run(start(part.name, result), min(part.most, left), log, part.name)
+                status = _run(start(part.name, result), min(part.most, left), log, part.name, variables)
                 found = _found(status, result, min(part.most, left))
                 found["seconds"] = round(clock() - began, 1)
             report["parts"][part.name] = found
@@ -89,11 +92,20 @@ def run(
     return report
 
 
-def _run(words: Sequence[str], seconds: float, log: BinaryIO, name: str) -> int | None:
+def environment(site: Path) -> dict[str, str]:
+    """Variables with which quantspec is found where it is not installed, and of its checkout nothing else: a folder
+    named ``kernels`` on the path would be taken for the package of that name."""
+    site.mkdir()
+    (site / "quantspec").symlink_to(Path(quantspec.__file__).resolve().parent, target_is_directory=True)
+    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
+
+
+def _run(words: Sequence[str], seconds: float, log: BinaryIO, name: str, variables: Mapping[str, str]) -> int | None:
     """A command's exit status, or None: it was stopped, and all that it had started, when its time was over."""
     log.write(f"\n== {name}\n".encode())
     log.flush()
-    process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=variables)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:

@@ -10,14 +10,17 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantspec.benchmarks.cuda_contenders import random_weight
 from quantspec.errors import UsageError, VerificationError
-from quantspec.models.load_triton import Kernels
 from quantspec.numerics.affine import QuantizedWeight, dequantize
+
+if TYPE_CHECKING:
+    from quantspec.models.load_triton import Kernels
 
 BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 """Relative error against fp64, the rounding of the output included."""

@@ -142,7 +142,12 @@ TARGETS = (
 
 def page(report: Report) -> str:
     """The whole page, of whatever has been found so far."""
-    return "\n".join([*_head(report), *_targets(report), *_parts(report), *_kernels(report), *_decode(report)]) + "\n"
+    return (
+        "\n".join(
+            [*_head(report), *_targets(report), *_parts(report), *_kernels(report), *_launch(report), *_decode(report)]
+        )
+        + "\n"
+    )
 
 
 def _head(report: Report) -> Iterator[str]:
@@ -204,6 +209,21 @@ def _kernels(report: Report) -> Iterator[str]:
     for name, reason in found.get("left_out", {}).items():
         yield f"Left out: {name}, {reason}."
     yield ""
+
+
+def _launch(report: Report) -> Iterator[str]:
+    if differ := result(report, "probe").get("differ"):
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in differ.items())
+        yield f"Sums whose bits differ between wgmma and mma.sync: {shares}."
+        yield ""
+    if found := result(report, "launch"):
+        yield "## Programmatic dependent launch"
+        yield ""
+        yield from _head_row("what", "us, off", "us, on", "of read, off", "of read, on")
+        for what, sides in found.items():
+            read = [f"{sides[side]['of_read']:.0%}" if "of_read" in sides[side] else "" for side in ("off", "on")]
+            yield f"| {what} | {sides['off']['us']:.1f} | {sides['on']['us']:.1f} | {read[0]} | {read[1]} |"
+        yield ""
 
 
 def _of(row: Row) -> tuple[str, str, str]:

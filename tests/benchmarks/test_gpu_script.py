@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from quantspec.benchmarks import gpu, gpu_page, gpu_parts
+from quantspec.benchmarks import gpu, gpu_checks, gpu_found, gpu_page, gpu_parts
 from quantspec.benchmarks.gpu import Part
-from quantspec.errors import UsageError
+from quantspec.errors import UsageError, VerificationError
 
 WRITE = "import json, sys; json.dump({'result': {'x': 1}}, open(sys.argv[1], 'w')); "
 PROGRAMS = {
@@ -101,7 +101,7 @@ def test_every_part_is_there_and_they_fit() -> None:
 
 
 def test_a_part_leaves_what_it_had_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(found: gpu_parts.Found) -> None:
+    def half(found: gpu_found.Found) -> None:
         found.put(first=1)
         raise ZeroDivisionError("no more")
 
@@ -116,8 +116,8 @@ def test_texts_that_differ_are_counted() -> None:
     def text(greedy: int | None) -> dict[str, Any]:
         return {"greedy": {"differs_at": {"eagle": greedy, "draft": None}}, "sampled": {"differs_at": {"eagle": None}}}
 
-    assert gpu_parts.differences([text(None)]) == []
-    assert gpu_parts.differences([text(3), text(0)]) == ["2 of 4 texts of eagle differ from plain decoding"]
+    assert gpu_checks.differences([text(None)]) == []
+    assert gpu_checks.differences([text(3), text(0)]) == ["2 of 4 texts of eagle differ from plain decoding"]
 
 
 def product(backend: str, n: int, ms: float, nbytes: float = 243e6, matrix: str = "70b gate_up") -> dict[str, Any]:
@@ -186,14 +186,64 @@ def test_the_page_of_all_figures() -> None:
             environment=machine,
             kernels={**machine, "rows": rows, "left_out": {"bnb-nf4": "not installed"}},
             generate=texts,
+            probe={"differ": {"float16 codes": 0.25}},
+            launch={"8b step": {"on": {"us": 2000.0}, "off": {"us": 2200.0}}},
             **{"decode-8b": decoding},
         )
     )
     assert "790 TFLOP/s" in page
+    assert "between wgmma and mma.sync: float16 codes 25.0%" in page
+    assert "| 8b step | 2200.0 | 2000.0 |  |  |" in page
     assert "| 70b gate_up | bfloat16 | cuda | 1 | 70.0 | 3471 | 79% | 1.00 | 13 |" in page
     assert "| decode-8b | cuda | 470 | 2.100 | 1.900 | 50% | mlp 1.200 |  | 1.04 |  |" in page
     assert "The default family on cuda, exact: none 900 tokens/s." in page
     assert "Left out: bnb-nf4, not installed." in page
+
+
+def test_tests_that_ask_for_a_device_are_found(tmp_path: Path) -> None:
+    for name, text in {
+        "test_a.py": "triton_device",
+        "test_b.py": "torch.cuda.is_available()",
+        "test_c.py": "1",
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert [Path(path).name for path in gpu_checks.device_tests(tmp_path)] == ["test_a.py", "test_b.py"]
+
+
+TESTS = "import torch\nmark = torch.cuda.is_available()\ndef test_right(): pass\ndef test_wrong(): assert 0\n"
+
+
+def test_outcomes_of_tests_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_x.py").write_text(TESTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu_checks, "find_spec", lambda name: None)  # one process
+    found = gpu_found.Found(tmp_path / "r.json")
+    with pytest.raises(VerificationError, match=r"1 tests fail: tests/test_x.py::test_wrong"):
+        gpu_checks.tests(found)
+    assert found.result == {"counts": {"PASSED": 1, "FAILED": 1}, "failed": ["tests/test_x.py::test_wrong"]}
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("tests/a.py::test_x[1-a b] PASSED    [ 50%]", ["tests/a.py::test_x[1-a b]", "PASSED"]),
+        ("[gw1] [ 50%] FAILED tests/a.py::test_x[1-a b] ", ["FAILED", "tests/a.py::test_x[1-a b]"]),
+        ("FAILED tests/a.py::test_x - AssertionError", None),  # of the summary, which would count it again
+    ],
+)
+def test_lines_of_pytest(line: str, words: list[str] | None) -> None:
+    found = gpu_checks._OUTCOME.search(line)
+    assert (found and [word for word in found.groups() if word]) == words
+
+
+def test_parts_find_quantspec_and_no_folder_beside_it(tmp_path: Path) -> None:
+    program = "import quantspec.kernels, sys; from importlib.util import find_spec; "
+    program += (
+        "import json; json.dump({'result': {'shadow': find_spec('kernels') is not None}}, open(sys.argv[1], 'w'))"
+    )
+    found = run(tmp_path, Part("path", 0, 30), start=lambda name, result: [sys.executable, "-c", program, str(result)])
+    assert found["path"]["result"] == {"shadow": False}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
