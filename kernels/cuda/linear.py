@@ -80,7 +80,7 @@ class CudaLinear:
             y_stride=y.stride(0),
             n=x.shape[0],
             rows=self.weight.rows,
-            cols=self.weight.cols,
+            cols=-(-self.weight.cols // 8) * 8,
             row_blocks=row_blocks,
             k_tiles=k_tiles,
             bfloat_scales=self.weight.scale_dtype == torch.bfloat16,
@@ -97,13 +97,15 @@ def blocks_for(tiles: int, multiprocessors: int) -> int:
 
 def _copyable(x: Tensor) -> bool:
     """Whether rows can be copied 16 bytes at a time."""
-    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
+    return x.shape[1] % 8 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
 
 
 def _copied(x: Tensor) -> Tensor:
-    """The same values in rows of whole 16 bytes, of which the last few are never read."""
-    n, k = x.shape
-    return x.new_empty(n, -(-k // 8) * 8)[:, :k].copy_(x)
+    """The same values in rows of whole 16 bytes, filled up with zeros."""
+    (n, k), filled = x.shape, -(-x.shape[1] // 8) * 8
+    out = x.new_zeros(n, filled)
+    out[:, :k] = x
+    return out
 
 
 def _index(device: torch.device) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quantspec.errors import Unavailable
 from quantspec.kernels.cpu.build import find_compiler
+from quantspec.kernels.cuda import linear
 from quantspec.kernels.cuda.build import Target, options
 from quantspec.kernels.cuda.packed import PackedWeight, Params, pack
 from quantspec.kernels.cuda.tile_format import TileFormat
@@ -74,7 +75,7 @@ def run(
     columns: int | None = None,
 ) -> Tensor:
     """One launch, its memory poisoned. ``order``: in which the blocks run, one after the other."""
-    n, (row_blocks, k_tiles, _) = x.shape[0], packed.tiles.shape
+    (n, cols), (row_blocks, k_tiles, _) = x.shape, packed.tiles.shape
     columns = columns or next(count for count in (1, 2, 4, 6, 8) if n <= 8 * count)
     y = torch.full((n + 1, packed.rows), float("nan"), dtype=torch.float32 if float_y else x.dtype)
     workspace = torch.full((2 * blocks * 256 * 8 * columns,), float("nan"))
@@ -90,7 +91,7 @@ def run(
         y_stride=y.stride(0),
         n=n,
         rows=packed.rows,
-        cols=packed.cols,
+        cols=cols,
         row_blocks=row_blocks,
         k_tiles=k_tiles,
         bfloat_scales=packed.scale_dtype == BFLOAT,
@@ -234,7 +235,7 @@ KINDS = [  # bits, group, symmetric, scales
 
 
 @pytest.mark.parametrize("ring", [ASYNC, BULK])
-@pytest.mark.parametrize("n, rows, k, blocks", [(2, 270, 384, 3), (12, 40, 333, 2), (5, 256, 70, 1)])
+@pytest.mark.parametrize("n, rows, k, blocks", [(2, 270, 384, 3), (12, 40, 328, 2), (5, 256, 72, 1)])
 @pytest.mark.parametrize("bits, group, symmetric, scales", KINDS)
 def test_groups_zero_points_scales_and_ragged_k(
     devices: Devices, bits: int, group: int, symmetric: bool, scales: str, n: int, rows: int, k: int, blocks: int,
@@ -242,19 +243,16 @@ def test_groups_zero_points_scales_and_ragged_k(
 ) -> None:  # fmt: skip
     packed, weight = packed_random(rows, k, bits, group, scales, symmetric)
     for dtype in (HALF, BFLOAT):
-        wide = torch.full((n, -(-k // 8) * 8), float("nan"), dtype=dtype)  # past k: never read
+        wide = torch.full((n, k + 8), float("nan"), dtype=dtype)  # past k: never read
         x = wide[:, :k].copy_(inputs(n, k, dtype))
         # As above: codes less zero points are exact too, up to 255, and sums are fp32.
         assert relative_error(run(devices, packed, x, blocks=blocks, ring=ring), x.double() @ weight.T) < 3e-7
 
 
-@pytest.mark.parametrize("bits, group, symmetric, scales", [(4, 32, False, "float16"), (8, 32, False, "float32")])
-def test_a_row_is_the_same_at_all_64_widths(
-    devices: Devices, bits: int, group: int, symmetric: bool, scales: str
-) -> None:
+def test_a_row_is_the_same_at_all_64_widths(devices: Devices) -> None:
     """Groups in a loop (wide kernels) and unrolled (narrow ones), k ragged, a row block shared by three blocks."""
-    packed, _ = packed_random(24, 300, bits, group, scales, symmetric)
-    x = torch.zeros(64, 304, dtype=BFLOAT)[:, :300].copy_(inputs(64, 300, BFLOAT))
+    packed, _ = packed_random(24, 300, 4, 32, "float16", symmetric=False)
+    x = linear._copied(inputs(64, 300, BFLOAT))
     blocks = packed.tiles.shape[1]
     widest = run(devices, packed, x, blocks=blocks)
     for n in range(1, 64):

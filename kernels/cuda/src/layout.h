@@ -34,13 +34,15 @@ constexpr int RESERVED = 128;  // shared memory behind the stages: their barrier
 
 struct Params {  // mirrored in packed.py
   const uint8_t* weights;
-  const void* x;               // [n, cols], 16-byte aligned rows
+  const void* x;               // [n, cols], rows aligned to 16 bytes
   void* y;                     // [n, rows]
   const float* bias;           // [rows], or null
   float* workspace;            // partial sums: two slots for each block
   int32_t* arrivals;           // [row_blocks], zero before and after
   int64_t x_stride, y_stride;  // values between rows
-  int32_t n, rows, cols, row_blocks, k_tiles;
+  int32_t n, rows;
+  int32_t cols;  // K, a multiple of 8
+  int32_t row_blocks, k_tiles;
   int32_t bfloat_scales;  // scales of 2 bytes: else half
   int32_t float_y;        // else the type of x
 };

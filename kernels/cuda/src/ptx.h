@@ -98,9 +98,9 @@ __device__ inline uint64_t evict_first() {
   return policy;
 }
 
-// The first `bytes`, and zeros up to 16.
-__device__ inline void copy16_or_zeros(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+__device__ inline void copy16_or_zeros(void* shared, const void* global, bool copied) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(copied ? 16 : 0)
                : "memory");
 }
 

@@ -75,10 +75,10 @@ class Ring {
     const uint8_t* x = static_cast<const uint8_t*>(p_.x) + int64_t(k_tile_) * S::TOKEN_BYTES;
     const int left = 2 * p_.cols - k_tile_ * S::TOKEN_BYTES;
     each<S::TOKENS * PIECES>([&](int i) {
-      const int token = i / PIECES, offset = i % PIECES * 16, bytes = left - offset;
+      const int token = i / PIECES, offset = i % PIECES * 16;
       // Zeros past the last k, where weights are filled up, and past the last token, whose column is never stored.
       copy16_or_zeros(to + token * S::TOKEN_STRIDE + offset, x + 2 * token * p_.x_stride + offset,
-                      token < p_.n && bytes > 0 ? (bytes < 16 ? bytes : 16) : 0);
+                      token < p_.n && offset < left);
     });
   }
 

@@ -311,7 +311,8 @@ inline uint64_t evict_first() { return 0; }
 inline void copy16(void* shared, const void* global, uint64_t) {
   emulation::begin_copy(emulation::fibers[emulation::running].groups.back(), {shared, global, 16, 0});
 }
-inline void copy16_or_zeros(void* shared, const void* global, int bytes) {
+inline void copy16_or_zeros(void* shared, const void* global, bool copied) {
+  const int bytes = copied ? 16 : 0;
   emulation::require_wait();
   emulation::begin_copy(emulation::fibers[emulation::running].groups.back(), {shared, global, bytes, 16 - bytes});
 }
