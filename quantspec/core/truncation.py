@@ -78,7 +78,7 @@ def truncate(
 
 
 def truncate_candidates(
-    ids: Ids, values: Rows, total: Rows, vocab_size: int, top_k: int, top_p: float, min_p: float
+    ids: NDArray[np.integer], values: Rows, total: Rows, vocab_size: int, top_k: int, top_p: float, min_p: float
 ) -> Kept | None:
     """``truncate`` of whole rows with this ``total``, where their best entries ``[m, c]``, in any order, settle all of
     them; else None. An entry that equals the least one may tie with others that were left out."""
