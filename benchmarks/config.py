@@ -64,6 +64,8 @@ class DecodeBench:
     """Where."""
     kernels: Literal["cuda", "triton", "gptqmodel-marlin"] | None = None
     """On CUDA, those of the packed layers. Default: cuda where they run, else triton."""
+    head_bits: int | None = None
+    """On CUDA, bits of the LM head of quantized weights: 4, or 8, which is the default."""
     activations: Literal["int8", "fp32"] | None = None
     """What activations are rounded to before they meet quantized weights. Default: int8 where weights are."""
     group_size: int | None = None
@@ -95,8 +97,10 @@ class DecodeBench:
         check_device_options(self.device, self.threads, self.widths)
         if self.device == "cuda" and self.activations is not None:
             raise UsageError("--activations is for the CPU", hint="on CUDA activations have 16 bits")
-        if self.device == "cpu" and self.kernels is not None:
-            raise UsageError("--kernels is for CUDA", hint="add --device cuda, or use --activations")
+        if self.device == "cpu" and (self.kernels, self.head_bits) != (None, None):
+            raise UsageError("--kernels and --head-bits are for CUDA", hint="add --device cuda, or use --activations")
+        if self.head_bits not in (None, 4, 8):
+            raise UsageError(f"an LM head has 4 or 8 bits, not {self.head_bits}")
 
 
 def check_shape(k: int, n: int) -> None:

@@ -173,10 +173,11 @@ def best_kernels(device: torch.device, notice: Notice) -> Kernels:
 def _model(config: DecodeBench, kernels: Kernels, device: torch.device) -> TritonDecoder:
     if config.model is None:
         shape, group_size = config.shape or SHAPES["1b"], config.group_size or _GROUP_SIZE
-        return random_cuda_decoder(shape, group_size, kernels, device, seed=config.seed)
+        head_bits = config.head_bits or HEAD_BITS
+        return random_cuda_decoder(shape, group_size, kernels, device, seed=config.seed, head_bits=head_bits)
     # "default" is what it is wherever text is generated: the quantized target.
     name = DEFAULT_TARGET if config.model == "default" else config.model
-    model = load_model(name, device=str(device), backend=kernels)
+    model = load_model(name, device=str(device), backend=kernels, head_bits=config.head_bits)
     if not isinstance(model, TritonDecoder):
         raise Unavailable(f"{config.model} does not run on packed kernels here but by {model.backend}")
     return model
@@ -184,10 +185,11 @@ def _model(config: DecodeBench, kernels: Kernels, device: torch.device) -> Trito
 
 def _scheme(config: DecodeBench, model: TritonDecoder) -> tuple[int, int | None, int]:
     """Bits of the weights, their group (None: they are not quantized), and bits of the LM head."""
+    head_bits = config.head_bits or HEAD_BITS
     if config.model is None:
-        return BITS, config.group_size or _GROUP_SIZE, HEAD_BITS
+        return BITS, config.group_size or _GROUP_SIZE, head_bits
     quantized = model.config.quantization
-    return (quantized.scheme.bits, quantized.scheme.group_size, HEAD_BITS) if quantized else (16, None, 16)
+    return (quantized.scheme.bits, quantized.scheme.group_size, head_bits) if quantized else (16, None, 16)
 
 
 def _report(

@@ -41,7 +41,7 @@ def random_cuda_decoder(
         return random_weight(rows, cols, BITS, dtype, device, group_size)
 
     def linear(rows: int, cols: int) -> Matmul:
-        return packed_linear(drawn(rows, cols), None, device, kernels, workspace)
+        return packed_linear(drawn(rows, cols), None, device, kernels, workspace, dtype=dtype)
 
     ones = torch.ones(shape.hidden, device=device)
     mixed, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -61,7 +61,7 @@ def random_cuda_decoder(
     drawn.cache_clear()
     embedding = torch.randn(shape.vocab, shape.hidden, device=device, dtype=dtype)
     head_weight = random_weight(shape.vocab, shape.hidden, head_bits, dtype, device, HEAD_GROUP)
-    head = packed_linear(head_weight, None, device, kernels, workspace, out_dtype=torch.float32)
+    head = packed_linear(head_weight, None, device, kernels, workspace, dtype=dtype, out_dtype=torch.float32)
     del head_weight
     nbytes = sum(part_bytes(config, BITS, group_size, head_bits).values()) + embedding.nbytes
     _give_back(device)

@@ -48,13 +48,15 @@ def kernels(found: Found) -> None:
     found.put(rows=rows)
 
 
-def decode(shape: str, kernels: Kernels | None = None) -> Callable[[Found], None]:
+def decode(shape: str, kernels: Kernels | None = None, head_bits: int | None = None) -> Callable[[Found], None]:
     """``bench decode`` with random weights of a shape."""
 
     def measure(found: Found) -> None:
         from quantspec.benchmarks import cuda_decode
 
-        config = DecodeBench(shape=SHAPES[shape], device="cuda", kernels=kernels, tokens=200, widths=WIDTHS, rounds=5)
+        config = DecodeBench(
+            shape=SHAPES[shape], device="cuda", kernels=kernels, head_bits=head_bits, tokens=200, widths=WIDTHS
+        )
         found.put(**cuda_decode.run(config, say))
 
     return measure

@@ -45,10 +45,12 @@ def environment(found: Found) -> None:
 def build(found: Found) -> None:
     """Compile the CUDA kernels for every format of weights that other parts use, side by side."""
     from quantspec.benchmarks.gpu_kernels import CASES
-    from quantspec.kernels.cuda import build, library
+    from quantspec.kernels.cuda import build, driver, library
     from quantspec.kernels.cuda.packed import format_for
 
-    target = library.load(current_device().index).target
+    torch.cuda.init()
+    device = current_device()
+    target = build.Target(torch.cuda.get_device_capability(device), driver.shared_memory(device.index))
     weights = (replace(case, n_out=1).weight(torch.bfloat16, current_device()) for case in CASES)
     formats = list(dict.fromkeys(map(format_for, weights)))
 
@@ -59,6 +61,7 @@ def build(found: Found) -> None:
 
     with ThreadPoolExecutor(len(formats)) as threads:
         found.put(seconds=dict(zip(map(str, formats), threads.map(seconds, formats), strict=True)))
+    library.load(device.index)
 
 
 def _version(package: str) -> str | None:
@@ -85,6 +88,7 @@ PARTS: dict[str, Callable[[Found], None]] = {
     "kernels": gpu_figures.kernels,
     "decode-8b": gpu_figures.decode("8b"),
     "decode-8b-triton": gpu_figures.decode("8b", "triton"),
+    "decode-8b-head4": gpu_figures.decode("8b", head_bits=4),
     "decode-70b": gpu_figures.decode("70b"),
     "decode-1b": gpu_figures.decode("1b"),
     "generate": gpu_checks.generate,

@@ -141,7 +141,8 @@ def test_options_that_cuda_has_not(options: dict[str, Any], complaint: str) -> N
     "options, complaint",
     [
         ({"device": "cuda", "activations": "int8"}, "--activations is for the CPU"),
-        ({"device": "cpu", "kernels": "cuda"}, "--kernels is for CUDA"),
+        ({"device": "cuda", "head_bits": 5}, "4 or 8 bits, not 5"),
+        ({"device": "cpu", "kernels": "cuda"}, "--kernels and --head-bits are for CUDA"),
     ],
 )
 def test_options_of_the_other_device(options: dict[str, Any], complaint: str) -> None:
