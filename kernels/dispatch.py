@@ -142,6 +142,12 @@ def _cuda() -> str | None:
     return library.usable()
 
 
+def _marlin() -> str | None:
+    from quantspec.kernels import gptqmodel
+
+    return gptqmodel.missing() or _triton()
+
+
 @cache
 def _triton() -> str | None:
     if find_spec("triton") is None:
@@ -217,13 +223,22 @@ _CUDA = replace(
     bits=tuple(range(2, 9)),
     missing=_cuda,
 )
-BACKENDS = (_CPU_INT8, _CPU_FP32, _TORCH_INT4, _CUDA, _TRITON, _FAST, _EXACT)
-"""Fastest first, on each device."""
+_MARLIN = replace(
+    _CUDA,
+    name="gptqmodel-marlin",
+    summary="packed weights in gptqmodel's Marlin kernels, all else as under triton",
+    bits=(4, 8),
+    group_sizes=(32, 64, 128),
+    row_invariant=False,
+    missing=_marlin,
+)
+BACKENDS = (_CPU_INT8, _CPU_FP32, _TORCH_INT4, _CUDA, _TRITON, _FAST, _EXACT, _MARLIN)
+"""Fastest first, on each device; gptqmodel's last, to be asked for by name."""
 
 NATIVE = (_CPU_INT8.name, _CPU_FP32.name)
 """Those that run a whole forward in one call, on threads of their own."""
 
-PROVEN = (_CUDA.name, _TRITON.name)
+PROVEN = (_MARLIN.name, _CUDA.name, _TRITON.name)
 """Those that show at load, on the device at hand, that they compute right and whether their rows keep their bits."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -136,8 +136,7 @@ def _attempt(
     dtype = getattr(torch, request.dtype or backend.dtypes[0])
     head_bits = request.head_bits or (backend.head_bits[0] if request.bits != 16 else 16)
     try:
-        kernels: Kernels = "cuda" if backend.name == "cuda" else "triton"
-        return load_proven(folder, config, device, dtype, head_bits, kernels)
+        return load_proven(folder, config, device, dtype, head_bits, cast("Kernels", backend.name))
     except ModelError:
         raise
     except Exception as error:  # of compilers, drivers and devices that may never have been seen

@@ -22,7 +22,7 @@ from quantspec.numerics.scheme import Scheme
 if TYPE_CHECKING:
     from quantspec.kernels.cuda.linear import Workspace
 
-Kernels = Literal["cuda", "triton"]
+Kernels = Literal["cuda", "triton", "gptqmodel-marlin"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_SCHEMES = {bits: Scheme(bits, group_size=128, symmetric=True, dtype="bfloat16") for bits in (4, 8)}
 """What an LM head is rounded to, by its bits. Scales have fp32's range in 16 bits: rows of rare tokens are small."""
@@ -58,15 +58,17 @@ def load_triton_decoder(
     weights.refuse_leftovers()
     model = TritonDecoder(config, embedding, layers, norm, head, weight_bytes=weights.bytes)
     model.backend, model.notes = kernels, loader.notes()
+    model.row_invariant = kernels != "gptqmodel-marlin"  # how that cuts its work depends on the number of rows
     return model
 
 
 def workspace_for(device: torch.device, kernels: Kernels) -> Workspace | None:
-    """What all CUDA layers of one model share, made once: the kernels are compiled here, if need be. None for Triton's.
+    """What all CUDA layers of one model share, made once: the kernels are compiled here, if need be. None for other
+    kernels.
 
     Raises ``Unavailable``: no compiler, a driver that is older than it, or an older device.
     """
-    if kernels == "triton":
+    if kernels != "cuda":
         return None
     from quantspec.kernels.cuda.linear import Workspace
 
@@ -75,24 +77,38 @@ def workspace_for(device: torch.device, kernels: Kernels) -> Workspace | None:
 
 def packed_linear(
     weight: QuantizedWeight, bias: Tensor | None, device: torch.device, kernels: Kernels,
-    workspace: Workspace | None = None, *, out_dtype: torch.dtype | None = None,
+    workspace: Workspace | None = None, *, dtype: torch.dtype = torch.bfloat16, out_dtype: torch.dtype | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Matmul:  # fmt: skip
     """A linear layer over packed weights that takes any number of rows, each of which has the same bits among any
     others. It returns ``out_dtype`` (float32, or None: the type of x).
 
-    ``kernels`` ``"cuda"``: the CUDA kernels, in float16 and bfloat16, in the ``workspace_for`` the device; what they
-    cannot hold goes to Triton's, as does everything under ``"triton"``, and ``tell`` gets the reason. Raises as
-    ``TritonLinear`` does.
+    ``kernels`` ``"cuda"``: the CUDA kernels, in float16 and bfloat16, in the ``workspace_for`` the device;
+    ``"gptqmodel-marlin"``: that package's, for x of ``dtype``, whose rows do change with their number. What they cannot
+    hold goes to Triton's, as does everything under ``"triton"``, and ``tell`` gets the reason. Raises as
+    ``TritonLinear`` does, and ``Unavailable``: the package's kernels cannot be had.
     """
-    if kernels == "cuda":
-        assert workspace is not None, "the CUDA kernels' layers share one"
+    if kernels != "triton":
         try:
+            if kernels == "gptqmodel-marlin":
+                return _marlin_linear(weight, bias, device, dtype, out_dtype)
+            assert workspace is not None, "the CUDA kernels' layers share one"
             return _cuda_linear(weight, bias, device, workspace, out_dtype)
         except UsageError as error:
             if tell:
                 tell(str(error))
     return TritonLinear(weight, bias, device, out_dtype)
+
+
+def _marlin_linear(
+    weight: QuantizedWeight, bias: Tensor | None, device: torch.device, dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
+) -> Matmul:  # fmt: skip
+    from quantspec.kernels.gptqmodel import MarlinLinear
+
+    if out_dtype not in (None, dtype):
+        raise UsageError(f"gptqmodel's Marlin kernels give no {out_dtype} from {dtype}")
+    return MarlinLinear(weight, bias, device, dtype)
 
 
 def _cuda_linear(
@@ -173,7 +189,7 @@ class _Loader:
             kind: object = weight.shape, out_dtype
         else:
             place, tell = (self._device, self._kernels, self._workspace), self._refusals.append
-            made = packed_linear(weight, bias, *place, out_dtype=out_dtype, tell=tell)
+            made = packed_linear(weight, bias, *place, dtype=self._dtype, out_dtype=out_dtype, tell=tell)
             kind = weight.codes.shape, weight.scheme, out_dtype
         if self._check and kind not in self._checked:
             check_product(made, weight, bias, self._device, self._dtype)

@@ -136,7 +136,7 @@ def test_nothing_serves_and_every_backend_says_why(request_: Request, reason: st
         choose(request_)
     reasons = dict(each.split(" ", 1) for each in (caught.value.hint or "").split("; "))
     assert list(reasons) == list(BY_NAME)
-    for on_gpu in ("cuda", "triton"):
+    for on_gpu in ("cuda", "triton", "gptqmodel-marlin"):
         assert reasons.pop(on_gpu) == f"does not run on {request_.device}"
     assert set(reasons.values()) == {reason}
 
