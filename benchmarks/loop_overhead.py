@@ -55,7 +55,7 @@ class Stopwatch:
 class CountingCache:
     """A cache without contents."""
 
-    length = 0
+    length = nbytes = 0
     chains_only = False
 
     def commit(self, rows: Sequence[int]) -> None:

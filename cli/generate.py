@@ -55,6 +55,7 @@ ENGINE = {
     "device": Flag(help="cpu, cuda, cuda:1, ..."),
     "backend": Flag(help="Kernels to run on. Default: the fastest that can (quantspec doctor).", metavar="NAME"),
     "activations": Flag(help="What activations are rounded to. Default: the fastest; fp32 is nearest to the weights."),
+    "kv_cache_dtype": Flag(help="What the target's keys and values are kept in; auto: unquantized."),
     "dtype": Flag(help="What activations are kept in; auto: bfloat16 on a GPU's own kernels, else float32."),
     "head_bits": Flag(help="Bits of an LM head that is stored unquantized. Default: the backend's.", metavar="4|8|16"),
     "max_context": Flag(help="Tokens of context to hold. Default: the model's own limit."),

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from quantspec.errors import UsageError
+from quantspec.numerics.scheme import KVCacheDtype
 
 Activations = Literal["int8", "fp32"]
 
@@ -17,7 +18,7 @@ Activations = Literal["int8", "fp32"]
 class Request:
     """What a model asks of its kernels. ``bits`` 16: no weight is quantized; ``group_size`` -1: one scale per output
     channel; ``rows``: of one forward, at most; ``head_bits``: of an LM head that is stored unquantized. ``dtype``,
-    ``activations`` and ``head_bits`` None: as the backend does."""
+    ``activations`` and ``head_bits`` None: as the backend does. ``kv_cache_dtype``: of keys and values."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -27,6 +28,7 @@ class Request:
     row_invariant: bool = False
     activations: Activations | None = None
     head_bits: int | None = None
+    kv_cache_dtype: KVCacheDtype = "auto"
 
 
 def _anywhere() -> str | None:
@@ -56,6 +58,7 @@ class Backend:
     max_rows: int | None
     row_invariant: bool
     head_bits: tuple[int, ...] = (16,)
+    kv_cache_dtypes: tuple[KVCacheDtype, ...] = ("auto", "int8", "int4")
     missing: Callable[[], str | None] = _anywhere
 
     def why_not(self, request: Request) -> str | None:
@@ -76,6 +79,8 @@ class Backend:
             return f"computes with {self.activations} activations"
         if request.head_bits not in (None, *self.head_bits):
             return f"has no LM head in {request.head_bits} bits"
+        if request.kv_cache_dtype not in self.kv_cache_dtypes:
+            return f"has no {request.kv_cache_dtype} cache of keys and values"
         if self.max_rows is not None and request.rows > self.max_rows:
             return f"takes {self.max_rows} rows at a time, not {request.rows}"
         if request.row_invariant and not self.row_invariant:
@@ -213,6 +218,7 @@ _TRITON = replace(
     dtypes=("bfloat16", "float16", "float32"),
     group_sizes=range(32, 2**31, 32),
     head_bits=(8, 4, 16),
+    kv_cache_dtypes=("auto",),
     missing=_triton,
 )
 _CUDA = replace(

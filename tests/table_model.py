@@ -46,6 +46,10 @@ class TableCache:
         self.chains_only = chains_only
         self.in_flight = 0
 
+    @property
+    def nbytes(self) -> int:
+        return 8 * len(self.slots)
+
     def commit(self, rows: Sequence[int]) -> None:
         rows = list(rows)
         assert rows == sorted(set(rows)), "rows out of order"

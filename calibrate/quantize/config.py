@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantspec.errors import UsageError
+from quantspec.numerics.scheme import KVCacheDtype
 
 MethodName = Literal["gptq", "rtn", "mse"]
 
@@ -46,6 +47,8 @@ class QuantizeConfig:
     group_size: int = 128
     """Input features that share a scale; -1: one scale per output channel."""
     symmetric: bool = True
+    kv_cache_dtype: KVCacheDtype = "auto"
+    """Calibrate factors of key channels for a cache of so few bits, and fold them into the weights; auto: do not."""
     calibration: Path | None = None
     """Text (``.jsonl``, or ``.txt`` split at ``<|doc|>`` lines) to measure inputs on. None: the bundled set."""
     held_out: Path | None = None

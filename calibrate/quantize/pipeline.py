@@ -37,7 +37,8 @@ class LayerPipeline:
     ) -> None:
         self.config, self.plan, self.on_result = config, plan, on_result
         self.method = METHODS[config.recipe.rounding]
-        self.transforms = [LAYER_TRANSFORMS[name] for name in config.recipe.transforms]
+        last = () if config.kv_cache_dtype == "auto" else ("key_factors",)
+        self.transforms = [LAYER_TRANSFORMS[name] for name in (*config.recipe.transforms, *last)]
         self.model_transform = model_transform
         self.tensor_bytes = 0
 

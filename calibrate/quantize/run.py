@@ -23,7 +23,7 @@ from quantspec.calibrate.quantize.transforms.registry import model_transform
 from quantspec.calibrate.quantize.work import REPORT, WorkFolder, fingerprint, report_fingerprint
 from quantspec.errors import Interrupted, ModelError, ResourceError, UsageError
 from quantspec.models import atomic
-from quantspec.models.config import read_config
+from quantspec.models.config import KV_CALIBRATED, read_config
 from quantspec.models.tensors import TensorStore
 
 OnEvent = Callable[[Event], None]
@@ -142,6 +142,8 @@ class _Run:
         tensors, raw = {name: model.store.get(name) for name in names}, read_config(self.config.model)
         if self.transform is not None:
             tensors, raw = self.transform.rest(tensors), self.transform.config(raw)
+        if self.config.kv_cache_dtype != "auto":
+            raw |= {KV_CALIBRATED: True}
         atomic.save_tensors(work.shard(model.config.num_layers), tensors)
         ignore = [HEAD.removesuffix(".weight"), *sorted(self.plan.ignored)]
         checkpoint.write_small_files(self.config.model, work.path, raw, self.plan.scheme, ignore)

@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 _PROGRESS = ".quantspec_progress.json"
 REPORT = "quantize_report.json"
 _ALGORITHM = 2  # raise it when the same settings would give other codes
-_SETTINGS = ("method", "bits", "group_size", "symmetric", "ignore", "num_samples", "seq_len", "seed", "device")
+_SETTINGS = (
+    "method",
+    "bits",
+    "group_size",
+    "symmetric",
+    "ignore",
+    "num_samples",
+    "seq_len",
+    "seed",
+    "device",
+    "kv_cache_dtype",
+)
 
 
 def fingerprint(config: QuantizeConfig, model_files: list[Path], calibration: Tensor | None) -> str:

@@ -28,7 +28,7 @@ class ModelStruct(ctypes.Structure):
     _fields_ = (
         ("layers", c_void_p), ("norm", c_void_p), ("embedding", LinearStruct), ("head", LinearStruct),
         ("layer_count", c_int32), ("hidden", c_int32), ("inner", c_int32), ("heads", c_int32), ("kv_heads", c_int32),
-        ("head_dim", c_int32), ("eps", c_float), ("int8", c_int32),
+        ("head_dim", c_int32), ("eps", c_float), ("int8", c_int32), ("kv_bits", c_int32),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from quantspec.errors import ModelError, ResourceError, UsageError
 from quantspec.kernels.cpu import library
 from quantspec.kernels.cuda import library as cuda_library
 from quantspec.kernels.dispatch import NATIVE
-from quantspec.models.base import CausalModel
+from quantspec.models.base import CausalModel, DrawingModel
 from quantspec.models.load import load_model
 from quantspec.models.resolve import resolve
 from quantspec.models.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
     tokenizer, draft = Tokenizer(folder), None
     try:
         draft = _draft_model(config, notice) if config.draft_model else None
-        drafter, head_bytes = _drafter(config, draft, notice)
+        drafter, head_bytes = _drafter(config, model, draft, notice)
         drafter.prepare(TargetParts(model, tokenizer))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -103,7 +103,8 @@ def _target(config: EngineConfig, folder: Path, notice: Callable[[str], None]) -
     load = partial(load_model, folder, device=config.device, mode=config.mode, dtype=_dtype(config))
     try:
         model = load(
-            backend=config.backend, activations=config.activations, head_bits=config.head_bits
+            backend=config.backend, activations=config.activations, head_bits=config.head_bits,
+            kv_cache_dtype=config.kv_cache_dtype,
         )  # fmt: skip
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -174,20 +175,22 @@ def _present(parts: dict[str, str]) -> bool:
         return False
 
 
-def _drafter(config: EngineConfig, draft: CausalModel | None, notice: Callable[[str], None]) -> tuple[Drafter, int]:
+def _drafter(
+    config: EngineConfig, model: CausalModel, draft: CausalModel | None, notice: Callable[[str], None]
+) -> tuple[Drafter, int]:
     """The method's drafter, and the bytes of its head."""
     if config.method == "lookup":
         options = LookupOptions(prompt_lookup_max=config.prompt_lookup_max, prompt_lookup_min=config.prompt_lookup_min)
         return PromptLookup(options), 0
     if config.method == "eagle":
-        return _eagle(config)
+        return _eagle(config, model, notice)
     if config.method in ("draft", "cascade"):
         assert config.draft_model is not None, "named by with_parts"
         assert draft is not None, "loaded by build"
         tokenizer = Tokenizer(resolve(config.draft_model))
         if config.method == "draft":
             return draft_model(draft, tokenizer, config.max_nodes), 0
-        inner, head_bytes = _eagle(config)
+        inner, head_bytes = _eagle(config, draft, notice)
         budget = Budget(config.tree_nodes, config.tree_depth)
         cascade = Cascade(
             inner,
@@ -201,8 +204,14 @@ def _drafter(config: EngineConfig, draft: CausalModel | None, notice: Callable[[
     return NoDrafter(), 0
 
 
-def _eagle(config: EngineConfig) -> tuple[Drafter, int]:
+def _eagle(config: EngineConfig, model: CausalModel, notice: Callable[[str], None]) -> tuple[Drafter, int]:
+    """The head's drafter, on the device if the ``model`` that verifies it draws there, and the head's bytes."""
     assert config.head is not None, "named by with_parts"
     folder = resolve(config.head)
     options = EagleOptions(top_k=config.tree_top_k, depth=config.tree_depth)
-    return Eagle(folder, options), sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    head_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if not isinstance(model, DrawingModel):
+        return Eagle(folder, options), head_bytes
+    from quantspec.drafters.eagle_triton import TritonEagle
+
+    return TritonEagle(folder, options, notice), head_bytes

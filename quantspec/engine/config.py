@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, get_args
 from quantspec.drafters.config import CascadeOptions, EagleOptions, LookupOptions
 from quantspec.errors import UsageError
 from quantspec.kernels.dispatch import BACKENDS, Activations
+from quantspec.numerics.scheme import KVCacheDtype
 
 METHODS = ("none", "lookup", "draft", "eagle", "cascade")
 """What proposes: nothing, prompt lookup, a small model, an EAGLE head, or an EAGLE head filtered by a small model."""
@@ -26,6 +27,9 @@ KERNELS = tuple(backend.name for backend in BACKENDS)
 
 ACTIVATIONS = get_args(Activations)
 """What activations are rounded to before they meet quantized weights."""
+
+KV_CACHE_DTYPES = get_args(KVCacheDtype)
+"""What keys and values are kept in, in vLLM's words."""
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 """What activations are kept in; ``auto``: as the backend does."""
@@ -58,7 +62,8 @@ class EngineConfig:
     model; a draft model that cannot follow takes its own fastest, and a line says so. ``dtype`` is what activations are
     kept in (``"auto"``: bfloat16 on a GPU's own kernels, float32 elsewhere), ``head_bits`` what the target's LM head is
     rounded to if it is stored unquantized (None: as the backend does, which is 8 for a quantized target on a GPU's own
-    kernels and under ``cpu-int8``).
+    kernels and under ``cpu-int8``). ``kv_cache_dtype`` is what the
+    target's keys and values are kept in (``"auto"``: unquantized), whatever proposes.
     """
 
     model: str = "default"
@@ -79,6 +84,7 @@ class EngineConfig:
     activations: Activations | None = None
     dtype: Dtype = "auto"
     head_bits: int | None = None
+    kv_cache_dtype: KVCacheDtype = "auto"
     max_context: int | None = None
     max_batch: int = 8
     prefill_chunk: int = 512
@@ -92,10 +98,11 @@ class EngineConfig:
             ("activations", ACTIVATIONS),
             ("dtype", DTYPES),
             ("head_bits", HEAD_BITS),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("rule", RULES),
         ):
             value = getattr(self, name)
-            if value not in choices and not (value is None and name not in ("dtype", "rule")):
+            if value not in choices and not (value is None and name not in ("dtype", "kv_cache_dtype", "rule")):
                 words = tuple(map(str, choices))
                 hint = did_you_mean(str(value), words) or f"one of {', '.join(words)}"
                 raise UsageError(f"unknown {name} {value!r}", hint=hint)

@@ -62,6 +62,7 @@ class Request:
             method=engine.drafter.name,
             backend=engine.model.backend,
             exactness=engine.verifier.exactness,
+            kv_cache_dtype=engine.config.kv_cache_dtype,
             prompt_tokens=len(self.prompt),
         )
         self.drafter: Drafter = engine.drafter
@@ -103,6 +104,7 @@ class Request:
         self._stages += verdict.stages
         self._logprobs += verdict.logprobs
         self.stats.count(verdict, lap)
+        self.stats.kv_cache_bytes = max(self.stats.kv_cache_bytes, self.session.cache.nbytes)
         self.session.finalize(len(self.session.tokens))
         self._spare(lambda: self.drafter.finalize(self.state, self.session.final))
         if self.text.finish:

@@ -10,7 +10,7 @@ from typing import Any
 
 from quantspec.core.session import Session
 from quantspec.core.verify import NO_NEEDS, Verifier
-from quantspec.types import Draft, Needs, Verdict
+from quantspec.types import Needs, Proposal, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class TimedVerifier(Verifier):
 
     began = ended = 0.0
 
-    def verify(self, sessions: Sequence[Session], drafts: Sequence[Draft], needs: Needs = NO_NEEDS) -> list[Verdict]:
+    def verify(self, sessions: Sequence[Session], drafts: Sequence[Proposal], needs: Needs = NO_NEEDS) -> list[Verdict]:
         self.began = perf_counter()
         verdicts = super().verify(sessions, drafts, needs)
         self.ended = perf_counter()
@@ -42,15 +42,16 @@ class TimedVerifier(Verifier):
 class Stats:
     """Figures of one sequence. Times are wall seconds of the steps it took part in: in a batch, sequences share them.
 
-    ``backend`` is the target's. ``target_forwards`` leaves out the prompt's own forward, which gives the first token;
-    all others come from these. ``stages`` counts tokens by the level that proposed them, ``"target"`` for the target's
-    own draws; they sum to ``new_tokens``. ``draft_prefill_seconds`` is the first real ``propose``, in which a drafter
-    reads the prompt.
+    ``backend`` is the target's, ``kv_cache_bytes`` the most that its keys and values took. ``target_forwards`` leaves
+    out the prompt's own forward, which gives the first token; all others come from these. ``stages`` counts tokens by
+    the level that proposed them, ``"target"`` for the target's own draws; they sum to ``new_tokens``.
+    ``draft_prefill_seconds`` is the first real ``propose``, in which a drafter reads the prompt.
     """
 
     method: str
     backend: str
     exactness: str
+    kv_cache_dtype: str
     prompt_tokens: int
     new_tokens: int = 0
     drafted_tokens: int = 0
@@ -61,6 +62,7 @@ class Stats:
     draft_prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    kv_cache_bytes: int = 0
 
     @property
     def acceptance_length(self) -> float:
@@ -105,6 +107,8 @@ class Stats:
             "method": self.method,
             "backend": self.backend,
             "exactness": self.exactness,
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "kv_cache_bytes": self.kv_cache_bytes,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "target_forwards": self.target_forwards,

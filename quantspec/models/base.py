@@ -53,6 +53,8 @@ class Cache(Protocol):
 
     length: int
     """Committed slots. A forward with ``Batch.cached == length`` appends its rows provisionally."""
+    nbytes: int
+    """Bytes that it takes, rows in flight included."""
     chains_only: bool
     """True where rejected rows cannot be skipped (a recurrent or foreign cache): such a model is sent chains only."""
 

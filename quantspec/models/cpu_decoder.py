@@ -23,6 +23,7 @@ from quantspec.models.base import Cache, Output
 from quantspec.models.cache import KVCache
 from quantspec.models.config import ModelConfig
 from quantspec.models.rope import RopeTable
+from quantspec.numerics.kv import KVFormat
 from quantspec.types import Batch, Tap
 
 _CPU = torch.device("cpu")
@@ -33,8 +34,8 @@ class CpuDecoder:
     chunking, batch and number of threads.
 
     ``integer``: quantized weights meet int8 activations; else fp32 ones. ``embed``, ``final_norm`` and ``head`` are
-    there for drafters. ``packed_bytes`` is what a decode step reads of the weights. Safe to call from several threads,
-    each with caches of its own.
+    there for drafters. ``packed_bytes`` is what a decode step reads of the weights. Keys and values are kept in
+    ``kv_format`` (None: fp32). Safe to call from several threads, each with caches of its own.
     """
 
     device = _CPU
@@ -42,7 +43,7 @@ class CpuDecoder:
 
     def __init__(
         self, config: ModelConfig, embedding: PackedLinear, layers: Sequence[PackedLayer], norm: Tensor,
-        head: PackedLinear, *, weight_bytes: int, integer: bool,
+        head: PackedLinear, *, weight_bytes: int, integer: bool, kv_format: KVFormat | None = None,
     ) -> None:  # fmt: skip
         self.config, self.weight_bytes = config, weight_bytes
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
@@ -53,7 +54,9 @@ class CpuDecoder:
         linears = [linear for layer in layers for linear in layer.linears]
         self.packed_bytes = sum(linear.nbytes for linear in (*linears, head))
 
-        self._cache_sizes = (config.num_layers, 2 * config.num_kv_heads, config.head_dim)
+        self._kv_format = kv_format
+        row = config.head_dim if kv_format is None else kv_format.row_bytes
+        self._cache_sizes = (config.num_layers, 2 * config.num_kv_heads, row)
         self._rope = RopeTable(config.rope, config.head_dim, _CPU, torch.float32)
         self._rotation = (self._rope.cos, self._rope.sin)
         self._growing = threading.Lock()
@@ -61,7 +64,7 @@ class CpuDecoder:
         self._model = ModelStruct(
             ctypes.addressof(self._layer_structs), norm.data_ptr(), embedding.struct, head.struct, config.num_layers,
             config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
-            config.rms_norm_eps, int(integer),
+            config.rms_norm_eps, int(integer), kv_format.bits if kv_format else 32,
         )  # fmt: skip
         self._model_address = ctypes.addressof(self._model)
         self._forward, self._rms_norm = bind_forward(), bind_rms_norm()
@@ -70,7 +73,7 @@ class CpuDecoder:
         """See ``CausalModel``."""
         config = self.config
         sizes = (config.num_layers, config.num_kv_heads, config.head_dim, max_length, max_nodes)
-        return KVCache(*sizes, device=_CPU, dtype=torch.float32)
+        return KVCache(*sizes, device=_CPU, dtype=torch.float32, format=self._kv_format)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """``[n, H]``."""
@@ -123,9 +126,11 @@ class CpuDecoder:
             assert batch.cached[s] == cache.length, "the batch was made for another state of the cache"
             assert end <= cache.capacity, "more rows than the cache was made for"
             longest = max(longest, end)
-            layers, heads, _, head_dim = cache.kv.shape
-            assert (layers, heads, head_dim) == self._cache_sizes, "a cache of another model"
-            places.extend((cache.kv.data_ptr(), *cache.kv.stride()[:2]))
+            layers, heads, _, row = cache.kv.shape
+            assert (layers, heads, row) == self._cache_sizes, "a cache of another model"
+            assert cache.format == self._kv_format, "a cache of another precision"
+            layer_stride, head_stride, *_ = (size * cache.kv.element_size() for size in cache.kv.stride())
+            places.extend((cache.kv.data_ptr(), layer_stride, head_stride))
         return places, longest
 
     def _tap_layer(self, tap: Tap) -> int:

@@ -17,6 +17,7 @@ from quantspec.models.base import Cache, Output
 from quantspec.models.cache import KVCache
 from quantspec.models.config import ModelConfig
 from quantspec.models.rope import RopeTable
+from quantspec.numerics.kv import KVFormat
 from quantspec.types import Batch, Tap
 
 Matmul = Callable[[Tensor], Tensor]
@@ -52,13 +53,14 @@ class Part:
 class Decoder:
     """A causal language model (see ``models.base.CausalModel``) for the architectures of ``config.NATIVE``.
 
-    ``embed``, ``final_norm`` and ``head`` are there for drafters. With ``exact`` rows are bit-identical at any width,
-    tree, chunking and batch; ``row_invariant`` says whether this machine's torch bore that out.
+    ``embed``, ``final_norm`` and ``head`` are there for drafters. Keys and values are kept in ``kv_format`` (None: as
+    they come). With ``exact`` rows are bit-identical at any width, tree, chunking and batch; ``row_invariant`` says
+    whether this machine's torch bore that out.
     """
 
     def __init__(
         self, config: ModelConfig, embedding: Tensor, layers: list[Layer], norm: Tensor, head: Matmul, *,
-        weight_bytes: int, exact: bool,
+        weight_bytes: int, exact: bool, kv_format: KVFormat | None = None,
     ) -> None:  # fmt: skip
         self.config, self.layers, self.weight_bytes = config, layers, weight_bytes
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
@@ -66,6 +68,7 @@ class Decoder:
         self.embedding, self.norm, self._head, self.device = embedding, norm, head, embedding.device
         self.backend = "reference-exact" if exact else "reference-fast"
         self.notes: tuple[str, ...] = ()
+        self._kv_format = kv_format
         self._rope = RopeTable(config.rope, config.head_dim, self.device, embedding.dtype)
         # Queries are scaled as they are rotated; values are rotated by cos 1 and sin 0, so that one operation does all.
         sizes = torch.tensor([config.num_heads, config.num_kv_heads, config.num_kv_heads])
@@ -95,7 +98,7 @@ class Decoder:
         """See ``CausalModel``."""
         config = self.config
         sizes = (config.num_layers, config.num_kv_heads, config.head_dim, max_length, max_nodes)
-        return KVCache(*sizes, device=self.device, dtype=self.embedding.dtype)
+        return KVCache(*sizes, device=self.device, dtype=self.embedding.dtype, format=self._kv_format)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """``[n, H]``."""
@@ -166,11 +169,10 @@ class Decoder:
         qkv = rotate(qkv, cos, sin)
         mixed = x.new_zeros(x.shape[0], heads * self.config.head_dim)
         for part in parts:
-            rows, kv = qkv[part.rows], part.cache.kv[i]
-            kv[:, part.cached : part.cached + rows.shape[0]] = rows[:, heads:].transpose(0, 1)
-            keys, values = kv.chunk(2)
-            out = mixed[part.rows]
-            for span in part.spans[self.config.windows[i]]:
+            rows, spans, out = qkv[part.rows], part.spans[self.config.windows[i]], mixed[part.rows]
+            part.cache.write(i, part.cached, rows[:, heads:])
+            keys, values = part.cache.read(i, spans[-1].end)
+            for span in spans:
                 out[span.rows] = part.attend(rows[span.rows, :heads], keys, values, span)
         x = x + layer.o(mixed)
         return x + layer.down(swiglu(layer.gate_up(rms_norm(x, layer.post_norm, eps))))

@@ -39,6 +39,10 @@ class AttentionCache:
         return []
 
     @property
+    def nbytes(self) -> int:
+        return _bytes(self.state)
+
+    @property
     def empty(self) -> bool:
         return self.length == 0
 
@@ -93,6 +97,10 @@ class RecurrentCache:
         self._snapshots: list[_Snapshot] = []
 
     @property
+    def nbytes(self) -> int:
+        return _bytes(self.state) + sum(_bytes(snapshot.state) for snapshot in self._snapshots)
+
+    @property
     def empty(self) -> bool:
         return self._seen == 0
 
@@ -131,6 +139,13 @@ class RecurrentCache:
         self._seen = newest.seen
         self.state = _copy(newest.state) if newest.seen else self._new_state()
         self._dirty = False
+
+
+def _bytes(state: Any) -> int:
+    """Bytes of the tensors of all layers."""
+    entries = [value for layer in state.layers for value in vars(layer).values()]
+    entries += [entry for value in entries if isinstance(value, dict) for entry in value.values()]
+    return sum(entry.nbytes for entry in entries if isinstance(entry, Tensor))
 
 
 def _copy(state: Any) -> Any:

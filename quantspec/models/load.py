@@ -18,11 +18,14 @@ from quantspec.kernels.reference import Linear
 from quantspec.kernels.torch_int4 import TorchInt4Linear
 from quantspec.models.atomic import verify_manifest
 from quantspec.models.base import CausalModel
+from quantspec.models.cache import KV_HINT, check_kv_cache, kv_format
 from quantspec.models.config import ModelConfig, UnsupportedModel, read_config
 from quantspec.models.decoder import Decoder, Layer, Matmul
 from quantspec.models.resolve import resolve
 from quantspec.models.weights import Fused, LayerNames, Weights, join, to_dense
 from quantspec.numerics.affine import QuantizedWeight
+from quantspec.numerics.kv import KVFormat
+from quantspec.numerics.scheme import KVCacheDtype
 
 if TYPE_CHECKING:
     from quantspec.models.cpu_decoder import CpuDecoder
@@ -40,13 +43,15 @@ def load_model(
     activations: Activations | None = None,
     dtype: str | None = None,
     head_bits: int | None = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
 ) -> CausalModel:
     """Load a folder, a hub id or a name of the default family; logits and taps are fp32.
 
     ``mode`` ``"exact"`` makes rows bit-identical at any width; ``"fast"`` does not ask for it. Default: exact on a CPU,
     fast elsewhere. ``backend`` is a name of ``dispatch.BACKENDS`` (None: the fastest that serves), ``activations`` what
     activations are rounded to before they meet quantized weights, ``dtype`` what they are kept in, and ``head_bits``
-    what an LM head that is stored unquantized is rounded to (None: as the backend does). The model's ``notes`` say why slower kernels run, where they do. What cannot be known
+    what an LM head that is stored unquantized is rounded to (None: as the backend does). ``kv_cache_dtype`` is what
+    keys and values are kept in. The model's ``notes`` say why slower kernels run, where they do. What cannot be known
     beforehand is checked at load: exact mode of the reference, for the number of threads set then, and the backends of
     ``dispatch.PROVEN``, of which the next slower one runs where one fails.
 
@@ -64,6 +69,8 @@ def load_model(
     try:
         config = ModelConfig.of(raw, str(folder / "config.json"))
     except UnsupportedModel as error:
+        if kv_cache_dtype != "auto":
+            raise UsageError(f"{error}: transformers keeps its keys and values", hint=KV_HINT) from error
         if backend or activations or dtype or head_bits:
             raise UsageError(f"{error}: it has no backends to choose from", hint="leave the choice out") from error
         from quantspec.models.hf import HFModel
@@ -77,7 +84,9 @@ def load_model(
         dtype = dtype or "float32"  # there activations are rounded to what they are kept in, and to nothing else
     request = dispatch.Request(
         kind, dtype, bits, group_size, row_invariant=exact, activations=activations, head_bits=head_bits,
+        kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
+    lowered += check_kv_cache(config, kv_cache_dtype, folder)
     with torch.no_grad():
         model = _load_fastest(folder, config, torch.device(device), request, backend)
     model.notes = (*lowered, *model.notes)
@@ -130,7 +139,7 @@ def _attempt(
 ) -> Decoder | CpuDecoder | TritonDecoder | str:
     """The model, or why the backend, one that must prove itself, cannot run it here."""
     if backend.name not in dispatch.PROVEN:
-        return _load(folder, config, device, backend)
+        return _load(folder, config, device, backend, kv_format(config, request.kv_cache_dtype))
     from quantspec.models.load_triton import Kernels, load_proven
 
     dtype = getattr(torch, request.dtype or backend.dtypes[0])
@@ -157,19 +166,22 @@ def _reason(error: Exception) -> str:
     return said if isinstance(error, QuantSpecError) else f"{type(error).__name__}: {said}"
 
 
-def _load(folder: Path, config: ModelConfig, device: torch.device, backend: dispatch.Backend) -> Decoder | CpuDecoder:
+def _load(
+    folder: Path, config: ModelConfig, device: torch.device, backend: dispatch.Backend, kv: KVFormat | None
+) -> Decoder | CpuDecoder:
     if backend.name in dispatch.NATIVE:
         from quantspec.models.load_cpu import load_cpu_decoder
 
-        return load_cpu_decoder(folder, config, backend.activations)
+        return load_cpu_decoder(folder, config, backend.activations, kv)
     packer = TorchInt4Linear if backend.name == "torch-int4" else None
-    decoder = load_decoder(folder, config, device, backend.row_invariant, packer)
+    decoder = load_decoder(folder, config, device, backend.row_invariant, packer, kv)
     decoder.backend = backend.name
     return decoder
 
 
 def load_decoder(
     folder: Path, config: ModelConfig, device: torch.device, exact: bool, pack: Packer | None = None,
+    kv_format: KVFormat | None = None,
 ) -> Decoder:  # fmt: skip
     """The eager decoder of a checkpoint. ``pack`` makes the layers whose weights are quantized. Raises ``ModelError``:
     a tensor is missing, misshapen or left over."""
@@ -210,5 +222,5 @@ def load_decoder(
     head = Linear(embedding) if config.tied else linear(Fused((("lm_head", config.vocab_size),), hidden, bias=False))
     weights.refuse_leftovers()
     return Decoder(
-        config, embedding, layers, norm, head, weight_bytes=weights.bytes, exact=exact
+        config, embedding, layers, norm, head, weight_bytes=weights.bytes, exact=exact, kv_format=kv_format
     )  # fmt: skip

@@ -16,6 +16,7 @@ from quantspec.models.config import ModelConfig
 from quantspec.models.cpu_decoder import CpuDecoder
 from quantspec.models.weights import Fused, LayerNames, Weights, fuse, join
 from quantspec.numerics.affine import QuantizedWeight, quantize
+from quantspec.numerics.kv import KVFormat
 from quantspec.numerics.scheme import Scheme
 
 HEAD_SCHEME = Scheme(bits=8, group_size=128, symmetric=True, dtype="float32")
@@ -29,9 +30,12 @@ def refusal(config: ModelConfig) -> str | None:
 
 
 @torch.no_grad()
-def load_cpu_decoder(folder: Path, config: ModelConfig, activations: Activations) -> CpuDecoder:
+def load_cpu_decoder(
+    folder: Path, config: ModelConfig, activations: Activations, kv_format: KVFormat | None = None
+) -> CpuDecoder:
     """The packed decoder of a checkpoint. ``activations`` ``"int8"``: quantized weights meet int8 activations, and LM
     head and embedding of a quantized model are rounded to ``HEAD_SCHEME``. ``"fp32"``: weights exactly as stored.
+    ``kv_format``: of keys and values (None: fp32).
 
     Raises ``ModelError``: a tensor is missing, misshapen, left over, or of a kind that cannot be packed.
     """
@@ -46,7 +50,8 @@ def load_cpu_decoder(folder: Path, config: ModelConfig, activations: Activations
     head = embedding if config.tied else packer.vocabulary(weights.linear("lm_head", (config.vocab_size, hidden)))
     weights.refuse_leftovers()
     return CpuDecoder(
-        config, embedding, layers, norm, head, weight_bytes=weights.bytes, integer=activations == "int8"
+        config, embedding, layers, norm, head, weight_bytes=weights.bytes, integer=activations == "int8",
+        kv_format=kv_format,
     )  # fmt: skip
 
 

@@ -68,6 +68,11 @@ class TritonCache:
         self.storage, self.length = storage, 0
         self.max_length, self.capacity = max_length, max_length + max_nodes
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory for all slots."""
+        return self.storage.kv.nbytes
+
     @torch.inference_mode()
     def commit(self, rows: Sequence[int]) -> None:
         """Keep these rows of the last forward, in ascending order, right after ``length``. A prefix moves nothing."""

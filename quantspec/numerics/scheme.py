@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from quantspec.errors import UsageError
 
+KVCacheDtype = Literal["auto", "int8", "int4"]
+"""How keys and values are kept: unquantized, or as in ``numerics.kv``."""
 CHANNEL = -1
 """``group_size`` that means one scale for a whole output channel."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from quantspec.calibrate.quantize.config import QuantizeConfig
 from quantspec.calibrate.quantize.stream import StreamedModel
 from quantspec.calibrate.quantize.transforms.base import LayerTransform, ModelTransform
+from quantspec.calibrate.quantize.transforms.key_factors import fold_key_factors
 
-LAYER_TRANSFORMS: dict[str, LayerTransform] = {}
+LAYER_TRANSFORMS: dict[str, LayerTransform] = {"key_factors": fold_key_factors}
 
 
 def model_transform(config: QuantizeConfig, model: StreamedModel) -> ModelTransform | None:

@@ -5,12 +5,14 @@
 // one chain of multiply-adds over the path. So a node of a tree and the same path decoded alone agree to the bit.
 #pragma once
 
+#include "kv_cache.h"
 #include "linear.h"
 #include "ops.h"
 
 namespace quantspec {
 
-constexpr int QUERIES = 8;  // that share each loaded key and value, about
+// That share each loaded key and value, about; and more where these are decoded first.
+constexpr int QUERIES = 8, DECODED_QUERIES = 16;
 
 struct Shape {
   int heads, kv_heads, head_dim;
@@ -28,16 +30,6 @@ struct RowTable {
   const int32_t *parents, *starts, *cached;  // as in Batch
   int32_t *position, *sequence, *straight;   // per row; straight: its path is slots 0, 1, ..., its own
   int slot(int row) const { return cached[sequence[row]] + row - starts[sequence[row]]; }
-};
-
-struct Keys {  // of one sequence, layer and key-value head: slots of head_dim values
-  const float *keys, *values;
-};
-
-struct Slots {  // of keys or values, one after the other
-  const float* first;
-  int d;
-  const float* operator()(int i) const { return first + int64_t(i) * d; }
 };
 
 // Dot products of Q queries [Q, padded] with four keys.
@@ -117,6 +109,16 @@ void weigh(const float* weights, int64_t ldw, int n, At&& value, int count, int 
   }
 }
 
+struct From {  // slots one after the other
+  int64_t first;
+  int64_t operator()(int i) const { return first + i; }
+};
+
+struct Along {  // the slots of a path
+  const int32_t* path;
+  int64_t operator()(int i) const { return path[i]; }
+};
+
 // All query heads of one key-value head, for a block of rows. `queries` and `out` point to the first row's first such
 // head, in rows of ldq and ldo values. `window` 0: the whole path.
 class BlockAttention {
@@ -139,10 +141,12 @@ class BlockAttention {
     lds_ = (high_ - low_ + 3 + LANES) / LANES * LANES;  // room for what `score` writes past the last
   }
 
-  void run(Keys kv, const float* queries, int64_t ldq, float* out, int64_t ldo) {
+  void run(const KvRows& keys, const KvRows& values, const float* queries, int64_t ldq, float* out, int64_t ldo) {
     static thread_local Buffer buffer, slot_buffer;
     const int n = block_.count * group_;
-    queries_ = buffer.get<float>(n * (2 * padded_ + lds_ + 1));
+    const int64_t tile = keys.format.tile_floats();
+    tile_ = buffer.get<float>(tile + n * (2 * padded_ + lds_ + 1));
+    queries_ = tile_ + tile;
     sums_ = queries_ + n * padded_;
     inverses_ = sums_ + n * padded_;
     scores_ = inverses_ + n;
@@ -151,11 +155,11 @@ class BlockAttention {
     for (int i = 0; i < n; i++) {
       std::memcpy(queries_ + i * padded_, queries + i / group_ * ldq + i % group_ * d_, sizeof(float) * d_);
     }
-    score(queries_, n, padded_, d_, slots_from(low_, kv.keys), common_, scores_, lds_);
-    for (int i = 0; i < block_.count; i++) finish_scores(i, kv.keys);
-    for (int i = 0; i < block_.count; i++) start_sums(i, kv.values);
-    weigh(scores_ + (all_ - low_), lds_, n, slots_from(all_, kv.values), low_ + common_ - all_, d_, sums_, padded_);
-    for (int i = 0; i < block_.count; i++) finish_sums(i, kv.values, out + i * ldo);
+    score_rows(queries_, n, keys, From{low_}, common_, scores_);
+    for (int i = 0; i < block_.count; i++) finish_scores(i, keys);
+    for (int i = 0; i < block_.count; i++) start_sums(i, values);
+    weigh_rows(scores_ + (all_ - low_), n, values, From{all_}, low_ + common_ - all_, sums_);
+    for (int i = 0; i < block_.count; i++) finish_sums(i, values, out + i * ldo);
   }
 
  private:
@@ -164,18 +168,27 @@ class BlockAttention {
   int end_of(int i) const { return table_.position[block_.first + i] + 1; }
   int tail_of(int i) const { return low_ + common_ > begin_of(i) ? low_ + common_ : begin_of(i); }
 
-  Slots slots_from(int first, const float* slots) const { return {slots + int64_t(first) * d_, d_}; }
+  template <class Slot>
+  void score_rows(const float* queries, int n, const KvRows& keys, Slot&& slot, int count, float* scores) const {
+    kv_runs(keys, slot, count, tile_,
+            [&](int first, int now, auto key) { score(queries, n, padded_, d_, key, now, scores + first, lds_); });
+  }
+
+  template <class Slot>
+  void weigh_rows(const float* weights, int n, const KvRows& values, Slot&& slot, int count, float* out) const {
+    kv_runs(values, slot, count, tile_,
+            [&](int first, int now, auto value) { weigh(weights + first, lds_, n, value, now, d_, out, padded_); });
+  }
 
   // The row's own slots, by way of its ancestors; their scores; and all of the row's weights.
-  void finish_scores(int i, const float* keys) {
+  void finish_scores(int i, const KvRows& keys) {
     const int begin = begin_of(i), tail = tail_of(i), own = end_of(i) - tail, start = table_.starts[block_.sequence];
     int32_t* path = paths_ + i * int64_t(high_ - low_);
     for (int left = own, row = block_.first + i; left > 0; row = start + table_.parents[row]) {
       path[--left] = table_.slot(row);
     }
-    const auto key = [=](int p) { return keys + int64_t(path[p]) * d_; };
     float* scores = scores_ + i * group_ * lds_;
-    score(queries_ + i * group_ * padded_, group_, padded_, d_, key, own, scores + (tail - low_), lds_);
+    score_rows(queries_ + i * group_ * padded_, group_, keys, Along{path}, own, scores + (tail - low_));
     for (int h = 0; h < group_; h++) {
       inverses_[i * group_ + h] = softmax(scores + h * lds_ + (begin - low_), end_of(i) - begin);
     }
@@ -183,19 +196,18 @@ class BlockAttention {
 
   // Slots before those that all rows attend. Weights of zero for the other rows would not do: zero times a value that
   // is not finite is not a number.
-  void start_sums(int i, const float* values) {
+  void start_sums(int i, const KvRows& values) {
     const int begin = begin_of(i);
     const float* weights = scores_ + i * group_ * lds_ + (begin - low_);
-    weigh(weights, lds_, group_, slots_from(begin, values), all_ - begin, d_, sums_ + i * group_ * padded_, padded_);
+    weigh_rows(weights, group_, values, From{begin}, all_ - begin, sums_ + i * group_ * padded_);
   }
 
-  void finish_sums(int i, const float* values, float* out) {
+  void finish_sums(int i, const KvRows& values, float* out) {
     const int tail = tail_of(i), own = end_of(i) - tail;
     const int32_t* path = paths_ + i * int64_t(high_ - low_);
-    const auto value = [=](int p) { return values + int64_t(path[p]) * d_; };
     const float* weights = scores_ + i * group_ * lds_ + (tail - low_);
     float* sums = sums_ + i * group_ * padded_;
-    weigh(weights, lds_, group_, value, own, d_, sums, padded_);
+    weigh_rows(weights, group_, values, Along{path}, own, sums);
     for (int h = 0; h < group_; h++) {
       const vf inverse = set1(inverses_[i * group_ + h]);
       for (int j = 0; j < d_; j += LANES) {
@@ -210,8 +222,8 @@ class BlockAttention {
   int low_, high_, common_;  // positions low_ .. low_ + common_ - 1 are the same slots for all rows
   int all_;                  // and those of them from here on are attended by all
   int64_t lds_;
-  float *queries_, *sums_, *inverses_, *scores_;  // [n, padded] twice, [n], [n, lds]
-  int32_t* paths_;                                // [rows, high - low]: own slots of each row
+  float *tile_, *queries_, *sums_, *inverses_, *scores_;  // decoded rows, [n, padded] twice, [n], [n, lds]
+  int32_t* paths_;                                        // [rows, high - low]: own slots of each row
 };
 
 }  // namespace quantspec

@@ -22,11 +22,12 @@ struct Model {
   int32_t layer_count, hidden, inner, heads, kv_heads, head_dim;
   float eps;
   int32_t int8;
+  int32_t kv_bits;  // of a KvFormat
 };
 
-struct Cache {  // of one sequence: [layers, 2 kv_heads, slots, head_dim], all keys of a layer and then all values
-  float* kv;
-  int64_t layer_stride, head_stride;
+struct Cache {  // of one sequence: rows [layers, 2 kv_heads, slots], all keys of a layer and then all values
+  uint8_t* kv;
+  int64_t layer_stride, head_stride;  // in bytes
 };
 
 struct TapTarget {  // the stream after a layer goes to out [n, hidden]; -1: embeddings; layer_count: final norm
@@ -54,7 +55,11 @@ constexpr int64_t SMALL_COPY = 32768, SMALL_ATTENTION = 32768;
 class Forward {
  public:
   Forward(const Model& model, const Rows& rows, float* floats, int32_t* ints, RowBlock* blocks)
-      : m_(model), r_(rows), shape_{model.heads, model.kv_heads, model.head_dim}, blocks_(blocks) {
+      : m_(model),
+        r_(rows),
+        shape_{model.heads, model.kv_heads, model.head_dim},
+        format_{model.kv_bits, model.head_dim},
+        blocks_(blocks) {
     const int n = rows.n;
     tokens_ = rows.numbers;
     table_ = {tokens_ + n, tokens_ + 2 * n, tokens_ + 2 * n + rows.sequences + 1, ints, ints + n, ints + 2 * n};
@@ -108,7 +113,8 @@ class Forward {
 
   // Rows of one sequence that share loaded keys and values, a few at a time.
   void divide_rows() {
-    const int group = shape_.group(), most = group >= QUERIES ? 1 : QUERIES / group;
+    const int together = format_.bits == 32 ? QUERIES : DECODED_QUERIES;
+    const int group = shape_.group(), most = group >= together ? 1 : together / group;
     block_count_ = 0;
     for (int row = first_; row < first_ + count_;) {
       const int s = table_.sequence[row], end = int(least(table_.starts[s + 1], first_ + count_));
@@ -175,7 +181,7 @@ class Forward {
     const int row = first_ + i, d = m_.head_dim;
     const Cache& cache = r_.caches[table_.sequence[row]];
     float* head = qkv_ + int64_t(i) * qkv_width();
-    float* slot = cache.kv + index * cache.layer_stride + int64_t(table_.slot(row)) * d;
+    uint8_t* slot = cache.kv + index * cache.layer_stride + table_.slot(row) * format_.row_bytes();
     const float *cos = r_.cos + int64_t(table_.position[row]) * d, *sin = r_.sin + int64_t(table_.position[row]) * d;
     const float scale = 1.0f / std::sqrt(float(d));
     for (int h = 0; h < m_.heads; h++, head += d) {
@@ -184,10 +190,11 @@ class Forward {
     }
     for (int h = 0; h < m_.kv_heads; h++, head += d) {
       if (layer.k_norm) rms_norm(head, layer.k_norm, d, m_.eps, head);
-      rotate(head, cos, sin, d / 2, 1.0f, slot + h * cache.head_stride);
+      rotate(head, cos, sin, d / 2, 1.0f, head);
+      kv_encode(format_, head, slot + h * cache.head_stride);
     }
     for (int h = 0; h < m_.kv_heads; h++, head += d) {
-      std::memcpy(slot + (m_.kv_heads + h) * cache.head_stride, head, sizeof(float) * d);
+      kv_encode(format_, head, slot + (m_.kv_heads + h) * cache.head_stride);
     }
   }
 
@@ -201,11 +208,11 @@ class Forward {
         const int h = task / block_count_, offset = h * shape_.group() * m_.head_dim;
         const RowBlock& block = blocks_[task % block_count_];
         const Cache& cache = r_.caches[block.sequence];
-        const float* keys = cache.kv + index * cache.layer_stride + h * cache.head_stride;
+        const uint8_t* keys = cache.kv + index * cache.layer_stride + h * cache.head_stride;
         const int64_t i = block.first - first_;
         BlockAttention(shape_, table_, block, layer.window)
-            .run({keys, keys + m_.kv_heads * cache.head_stride}, qkv_ + i * qkv_width() + offset, qkv_width(),
-                 mixed_ + i * q_width() + offset, q_width());
+            .run({format_, keys}, {format_, keys + m_.kv_heads * cache.head_stride}, qkv_ + i * qkv_width() + offset,
+                 qkv_width(), mixed_ + i * q_width() + offset, q_width());
       }
     });
   }
@@ -228,6 +235,7 @@ class Forward {
   const Model& m_;
   const Rows& r_;
   const Shape shape_;
+  const KvFormat format_;
   const int32_t *tokens_, *logit_counts_;
   RowTable table_;
   RowBlock* blocks_;

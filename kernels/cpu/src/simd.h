@@ -59,6 +59,10 @@ inline void store_bytes(vi a, int32_t* first, int32_t* second) {  // lanes 0-3 a
 inline vi load_u8(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
+inline void store_u8(vi a, uint8_t* p) {  // of 0 to 255
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
 inline vf load_f16(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 inline vf load_bf16(const void* p) {
   return as_float(shift_left(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16));
@@ -120,6 +124,9 @@ inline void store_bytes(vi a, int32_t* first, int32_t* second) {
 }
 inline vi load_u8(const uint8_t* p) {
   return each<vi>([&](int i) { return int32_t(p[i]); });
+}
+inline void store_u8(vi a, uint8_t* p) {
+  for (int i = 0; i < LANES; i++) p[i] = uint8_t(a.at[i]);
 }
 inline float half_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
