@@ -2,11 +2,13 @@
 graph, and the host hears of it from the verifier alone.
 
 The trees are those of ``Eagle``, up to rounding, and to truncation, which looks at the best 64 tokens. Where the warp
-needs the host (penalties, masks, biases), ``Eagle`` grows the tree with this head.
+needs the host (penalties, masks, biases), ``Eagle`` grows the tree with this head; also where the device, on which
+these kernels may never have run, does not grow a first tree as the host does.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,13 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantspec.core.drafter import View
+from quantspec.core.drafter import TargetParts, View
+from quantspec.core.noise import Stream
+from quantspec.core.sampling import WarpChain
 from quantspec.core.step import warn
 from quantspec.drafters.config import EagleOptions
 from quantspec.drafters.eagle import Eagle, EagleState
 from quantspec.drafters.eagle_frame import Form, Frame, Seat
 from quantspec.drafters.eagle_head import read_head
 from quantspec.drafters.eagle_triton_head import TritonEagleHead
+from quantspec.errors import ResourceError
 from quantspec.kernels.spans import round_up
 from quantspec.kernels.triton.attention import CHUNK
 from quantspec.kernels.triton.drafting import Growth, best_children
@@ -33,11 +38,13 @@ from quantspec.models.base import CausalModel
 from quantspec.models.triton_decoder import TritonDecoder
 from quantspec.models.triton_graphs import NO_MEMORY, Graphs
 from quantspec.models.triton_rounds import MOST_ROWS
-from quantspec.types import EMPTY_DRAFT, Budget, PendingDraft, Proposal
+from quantspec.types import EMPTY_DRAFT, Budget, PendingDraft, Proposal, SamplingParams, Verdict
 
 _SPARE_SEATS = 2
 _WIDEST = 16
 """Nodes of a level that one program can grow."""
+_TRIAL = Budget(8, 8)
+_NEAR = 1e-2  # sums of fp32 in another order are a thousand times nearer, wrong noise is a thousand times further
 
 
 @dataclass(slots=True)
@@ -48,7 +55,7 @@ class TritonEagleState(EagleState):
 
 
 class TritonEagle(Eagle):
-    """``Eagle`` for a ``TritonDecoder``. ``notice`` gets a line when there is no memory for graphs."""
+    """``Eagle`` for a ``TritonDecoder``. ``notice`` gets a line where trees grow on the host, or without graphs."""
 
     _decoder: TritonDecoder
     _network: TritonEagleHead
@@ -58,7 +65,7 @@ class TritonEagle(Eagle):
         self, folder: Path | str, options: EagleOptions | None = None, notice: Callable[[str], None] = warn
     ) -> None:
         super().__init__(folder, options)
-        self._notice = notice
+        self._notice, self._grows = notice, True
         self._spare: deque[Seat] = deque(maxlen=_SPARE_SEATS)
         self._lock = threading.Lock()  # graphs share memory
 
@@ -67,6 +74,38 @@ class TritonEagle(Eagle):
         self._decoder = model
         self._network = TritonEagleHead(*read_head(self.folder), model.device, model.dtype)
         self._graphs = Graphs(model.device)
+
+    def prepare(self, parts: TargetParts) -> None:
+        super().prepare(parts)
+        flaw = self._flaw()
+        self._grows = flaw is None
+        if flaw is not None:
+            self._notice(f"EAGLE's trees are grown on the host, which is slower: {flaw}")
+
+    def _flaw(self) -> str | None:
+        """Why the device should not grow trees; None if a first one is the host's."""
+        chain, size = WarpChain(SamplingParams(temperature=1.0), (0,)), self.config.model.hidden_size
+        room, vocab = self.options.depth + 1, self._decoder.vocab_size
+        view = View((0, 1, 2, 3), 1, chain, chain.start(), Stream(0), frozenset(), room, vocab)
+        features = torch.linspace(-1, 1, 3 * size, device=self._network.device).view(3, size)
+        drafts = []
+        try:
+            for self._grows in (True, False):
+                state = self.open(view)
+                self.observe(state, Verdict((), (), 0, (0,), (), taps={"norm": features}))
+                for _ in range(3 if self._graphs.usable else 1):  # launched, captured, replayed
+                    draft = self.propose([state], [view], [_TRIAL])[0]
+                drafts.append(draft.resolve() if isinstance(draft, PendingDraft) else draft)
+                self.close(state)
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError | ResourceError):
+                raise
+            return f"{type(error).__name__}: {error}"
+        found, expected = drafts
+        same = (found.tokens, found.parents) == (expected.tokens, expected.parents) and all(
+            math.isclose(a, b, rel_tol=_NEAR) for a, b in zip(found.scores, expected.scores, strict=True)
+        )
+        return None if same else "the device grew another tree than the host"
 
     def open(self, view: View) -> TritonEagleState:
         """Raises ``ResourceError``: no memory."""
@@ -92,7 +131,7 @@ class TritonEagle(Eagle):
         # While features lag (tokens came without a forward) one empty draft lets the verifier catch up.
         if min(depth, budget.max_nodes) < 1 or state.count != len(view.tokens) - 1:
             return EMPTY_DRAFT
-        if self.options.top_k > _WIDEST or not _on_device(view):
+        if not self._grows or self.options.top_k > _WIDEST or not _on_device(view):
             return super()._draft(state, view, budget)
         assert isinstance(state, TritonEagleState)
         if state.count - state.filled > triton_frame.TILES[-1]:

@@ -21,6 +21,7 @@ from quantspec.types import EMPTY_DRAFT, Budget, Draft, PendingDraft, SamplingPa
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from quantspec.drafters import eagle_triton
 from quantspec.drafters.eagle_triton import TritonEagle
 from quantspec.kernels.triton import attention
 from quantspec.models import triton_frame
@@ -44,6 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def device(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     if triton_device.type == "cpu":
         monkeypatch.setattr(attention, "CHUNK", 64)
+        monkeypatch.setattr(TritonEagle, "_flaw", lambda drafter: None)  # a test of its own: each takes seconds here
         monkeypatch.setattr(triton_frame, "TILES", (1, 4, 9))
     with torch.device("cpu"):
         yield triton_device
@@ -150,6 +152,29 @@ def test_what_needs_the_host_is_grown_there(
     pair = Pair(folders, device, params, 5, EagleOptions(top_k=2, depth=3))
     pair.observe(2)
     pair.check(Budget(8, 9), pending=False)
+
+
+@pytest.mark.parametrize("wrong", [None, "scores", "record"])
+def test_a_first_tree_is_compared_with_the_hosts(
+    folders: dict[str, Any], triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, wrong: str | None
+) -> None:
+    """One line, and trees from the host, where the device grows others or none."""
+    best, lines = eagle_triton.best_children, list[str]()
+
+    def broken(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, scores = best(*args)
+        return (tokens, scores.flip(1)) if wrong == "scores" else (tokens * 0, scores)
+
+    if wrong:
+        monkeypatch.setattr(eagle_triton, "best_children", broken)
+    with torch.device("cpu"):
+        model = load_triton_decoder(
+            folders["target"], ModelConfig.load(folders["target"]), triton_device, torch.float32
+        )
+        drafter = TritonEagle(folders["head"], EagleOptions(top_k=2, depth=2), lines.append)
+        drafter.prepare(TargetParts(model))
+    assert drafter._grows == (wrong is None)
+    assert len(lines) == (wrong is not None)
 
 
 class Capturing(Graphs):
