@@ -103,7 +103,8 @@ def _target(config: EngineConfig, folder: Path, notice: Callable[[str], None]) -
     load = partial(load_model, folder, device=config.device, mode=config.mode, dtype=_dtype(config))
     try:
         model = load(
-            backend=config.backend, activations=config.activations, head_bits=config.head_bits
+            backend=config.backend, activations=config.activations, head_bits=config.head_bits,
+            kv_cache_dtype=config.kv_cache_dtype,
         )  # fmt: skip
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
