@@ -7,8 +7,10 @@ import platform
 import shlex
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from typing import Any
 
 import click
@@ -25,7 +27,7 @@ OPTIONAL = {
     "optimum": ("optimum", "pip install 'quantspec[interop]'"),
     "compressed-tensors": ("compressed_tensors", "pip install 'quantspec[interop]'"),
     "gguf": ("gguf", "pip install 'quantspec[interop]'"),
-    "gptqmodel": ("gptqmodel", "the successor of auto-gptq; wants a newer torch, in an environment of its own"),
+    "gptqmodel": ("gptqmodel", "for the backend gptqmodel-marlin; wants a newer torch, in an environment of its own"),
     "auto-gptq": ("auto_gptq", "archived; does not import under transformers 5"),
     "marlin-kernels": ("marlin_kernels", "cannot be built from its source package"),
     "triton": ("triton", "comes with torch for CUDA"),
@@ -135,7 +137,7 @@ def _state(name: str, module: str, remark: str) -> str:
     if found == "missing":
         return f"not installed ({remark})"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):  # gptqmodel prints a banner
             warnings.simplefilter("ignore")
             import_module(module)
     except Exception as error:  # whatever a foreign package raises, the answer is that it cannot be used
