@@ -96,7 +96,7 @@ def _compiled(
 
     def announce() -> None:
         if tell:
-            tell(f"compiling the CUDA kernels {which} with {program}: once, under 20 seconds")
+            tell(f"compiling the CUDA kernels {which} with {program}: once, under 30 seconds")
 
     path, notice = built(
         f"{name}-{_fingerprint(command, flags, program)}.cubin",

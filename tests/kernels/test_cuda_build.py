@@ -75,7 +75,7 @@ def test_cubin_is_made_once_for_each_target_and_format(fake: Path, tmp_path: Pat
     told: list[str] = []
     first = build.build(TARGETS[0], W4, cache=tmp_path / "cache", tell=told.append)
     assert build.build(TARGETS[0], W4, cache=tmp_path / "cache", tell=told.append) == first
-    assert told == ["compiling the CUDA kernels for w4g128s16 with nvcc: once, under 20 seconds"]
+    assert told == ["compiling the CUDA kernels for w4g128s16 with nvcc: once, under 30 seconds"]
     assert first.path.read_text().split()[:8] == [
         "-cubin", "-std=c++17", "-arch=sm_80", "-DQS_MEMORY=166912", "-DQS_BITS=4", "-DQS_GROUP=128", "-DQS_ZEROS=0",
         "-DQS_SCALE_BYTES=2",
