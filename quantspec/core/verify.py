@@ -49,6 +49,10 @@ class Verifier:
         self.prefill_chunk = prefill_chunk
         self._draws = rule == "exact" and isinstance(model, DrawingModel)
 
+    def draw_on_host(self) -> None:
+        """From now on, whether the model draws or not."""
+        self._draws = False
+
     @property
     def exactness(self) -> str:
         """How a run's text relates to plain decoding by this verifier's model: ``exact``, ``exact_to_rounding`` or

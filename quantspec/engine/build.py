@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from quantspec.core.drafter import Drafter, NoDrafter, TargetParts
+from quantspec.core.prove_draws import draws_agree
 from quantspec.core.verify import Verifier
 from quantspec.drafters.cascade import Cascade
 from quantspec.drafters.config import CascadeOptions, EagleOptions, LookupOptions
@@ -74,11 +75,13 @@ def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
         notice(f"out of memory: going on without the drafter of method {config.method}")
         config, drafter, draft, head_bytes = replace(config, method="none"), NoDrafter(), None, 0
     models = [each for each in (model, draft) if each is not None]
+    verifier = TimedVerifier(model, rule=config.rule, prefill_chunk=config.prefill_chunk)
+    _prove_draws(verifier, notice)
     return Engine(
         config=config,
         model=model,
         tokenizer=tokenizer,
-        verifier=TimedVerifier(model, rule=config.rule, prefill_chunk=config.prefill_chunk),
+        verifier=verifier,
         drafter=drafter,
         eos_ids=frozenset(tokenizer.eos_ids),
         weight_bytes=sum(each.weight_bytes for each in models) + head_bytes,
@@ -115,6 +118,19 @@ def _target(config: EngineConfig, folder: Path, notice: Callable[[str], None]) -
     if config.mode == "exact" and not model.row_invariant:
         notice(f"{config.model} cannot run in exact mode: its text equals plain decoding up to rounding")
     return model
+
+
+def _prove_draws(verifier: Verifier, notice: Callable[[str], None]) -> None:
+    """Have the host draw the text's tokens where the model's device draws others."""
+    if verifier.rule == "ratio" or not isinstance(verifier.model, DrawingModel):
+        return
+    try:
+        wrong = None if draws_agree(verifier.model) else "its device draws others than it should"
+    except Exception as error:  # of a compiler or device that may never have been seen
+        wrong = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if wrong:
+        verifier.draw_on_host()
+        notice(f"the CPU draws the tokens of {verifier.model.backend}: {wrong}")
 
 
 def _draft_model(config: EngineConfig, notice: Callable[[str], None]) -> CausalModel:
