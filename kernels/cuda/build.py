@@ -1,6 +1,6 @@
 """The CUDA kernels, compiled at first use for the device at hand and kept in a cache, by nvcc or else by NVRTC.
 
-A cubin's name holds the sha256 of all that makes it: sources, flags, compiler. The sources include nothing of the CUDA
+A cubin's name is a hash of all that makes it: sources, flags, compiler. The sources include nothing of the CUDA
 toolkit, so the compiler alone is enough; torch's CUDA builds bring NVRTC along.
 """
 
@@ -65,16 +65,14 @@ def build(
     if target.capability < LEAST:
         found, least = (".".join(map(str, pair)) for pair in (target.capability, LEAST))
         raise Unavailable(f"the CUDA kernels need compute capability {least}, not {found}")
-    return _compiled(
-        f"quantspec_cuda-{tile}-{target.arch}", KERNELS, options(target, tile), f"for {tile}", compiler, cache, tell
-    )
+    return _compiled(f"cuda-{tile}-{target.arch}", KERNELS, options(target, tile), f"for {tile}", compiler, cache, tell)
 
 
 def build_probe(target: Target, compiler: str | None = None, cache: Path | None = None) -> Built:
     """The same for the kernels of ``probe``, which Hopper alone has. Raises ``Unavailable``."""
     if target.arch != "sm_90a":
         raise Unavailable(f"wgmma is there on compute capability 9.0 alone, not on {target.arch}")
-    return _compiled("probe", PROBE, [*FLAGS, f"-arch={target.arch}"], "of the probe", compiler, cache, None)
+    return _compiled("cuda-probe", PROBE, [*FLAGS, f"-arch={target.arch}"], "of the probe", compiler, cache, None)
 
 
 def options(target: Target, tile: TileFormat, more: Sequence[str] = ()) -> list[str]:
@@ -99,9 +97,9 @@ def _compiled(
             tell(f"compiling the CUDA kernels {which} with {program}: once, under 30 seconds")
 
     path, notice = built(
-        f"{name}-{_fingerprint(command, flags, program)}.cubin",
+        f"{_fingerprint(command, flags, program)}.cubin",
         lambda out: run([*command, *flags, str(source), "-o", str(out)], program),
-        cache=cache or default_cache(),
+        cache=(cache or default_cache()) / name,  # a folder compiles one thing at a time, and formats go side by side
         what="the CUDA kernels",
         tell=announce,
     )
