@@ -203,13 +203,19 @@ class TritonEagle(Eagle):
         start, outputs, seat = min(state.filled, state.count - 1), state.features, state.seat
         while start < state.count:
             end = min(start + MOST_ROWS, state.count)
-            rows = Rows.of(range(-1, end - start - 1), start, self._network.device)
+            rows = self._chain(end - start, start)
             features = state.features[start - state.base : end - state.base]
             embedded = self._embed(tokens[start + 1 : end + 1])
             outputs = self._network.forward(features, embedded, seat.kv, seat.cos, seat.sin, rows, rows)
             start = end
         state.filled = state.count
         return outputs[-1:]
+
+    def _chain(self, n: int, start: int) -> Rows:
+        """``Rows.of`` a chain, which is long here: put together on the device."""
+        cached = torch.tensor([start], dtype=torch.int32).to(self._network.device, non_blocking=True)
+        numbers = torch.arange(n, dtype=torch.int32, device=self._network.device)
+        return Rows(cached, numbers, numbers.repeat(n, 1))
 
     def _expand(
         self, state: EagleState, tokens: Sequence[int], features: Tensor, level: int, columns: Sequence[Sequence[int]]
