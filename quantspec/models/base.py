@@ -53,10 +53,12 @@ class Cache(Protocol):
 
     length: int
     """Committed slots. A forward with ``Batch.cached == length`` appends its rows provisionally."""
-    nbytes: int
-    """Bytes that it takes, rows in flight included."""
     chains_only: bool
     """True where rejected rows cannot be skipped (a recurrent or foreign cache): such a model is sent chains only."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, rows in flight included."""
 
     def commit(self, rows: Sequence[int]) -> None:
         """Keep these rows of the last forward (numbered from 0 within the sequence), in order, right after ``length``;

@@ -154,7 +154,7 @@ class _Loader:
     def notes(self) -> tuple[str, ...]:
         """That layers run on other kernels than those asked for."""
         count = len(self._refusals)
-        return (f"{count} layers run on Triton's kernels: {self._refusals[0]}",) if count else ()
+        return (f"{count} of its layers run on Triton's kernels: {self._refusals[0]}",) if count else ()
 
     def layer(self, i: int) -> TritonLayer:
         names = LayerNames.of(self._config, i)

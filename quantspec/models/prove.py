@@ -150,7 +150,8 @@ def rows_agree(model: TritonDecoder) -> bool:
 
 def prove(model: TritonDecoder) -> None:
     """Check all but the products, which are held to their weights as they are packed. A model that cannot be captured
-    goes on without graphs, one whose rows change is no longer ``row_invariant``, and its notes say so.
+    goes on without graphs, one whose rows change is no longer ``row_invariant``, and its notes say so. Rows that agree
+    make no promise where the model gave none.
 
     Raises ``Unavailable``: numbers are wrong.
     """

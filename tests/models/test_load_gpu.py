@@ -120,7 +120,7 @@ def test_cuda_and_triton_share_a_model(w4: Path, cuda: list[QuantizedWeight]) ->
     assert isinstance(model._layers[0].down, TritonLinear)
     assert [weight.codes.shape[0] for weight in cuda] == [64, 32, 96, 160]
     assert cuda[-1].scheme == load_triton.HEAD_SCHEMES[8]
-    assert model.notes == ("1 layers run on Triton's kernels: the CUDA kernels cannot hold it: its inputs are odd",)
+    assert model.notes == ("1 of its layers run on Triton's kernels: the CUDA kernels cannot hold it: its inputs are odd",)
     # Of values of size 3: bf16 activations through a layer, and an 8-bit head.
     assert (logits(model) - reference(w4)).abs().max() < 0.2
 

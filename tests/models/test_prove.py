@@ -185,3 +185,11 @@ def test_a_model_whose_rows_differ_stays_and_says_so(monkeypatch: pytest.MonkeyP
     prove.prove(model)
     assert not model.row_invariant
     assert model.notes == (f"table: {prove.ROWS_DIFFER}",)
+
+
+def test_rows_that_happen_to_agree_are_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prove, "check_kernels", lambda *_: None)
+    model: Any = Graphed(again=False)
+    model.graphs, model.row_invariant = False, False
+    prove.prove(model)
+    assert not model.row_invariant
