@@ -99,6 +99,12 @@ def print_report(report: QuantizeReport) -> None:
         rows.append(("top-1 agreement", "", f"{report.top1_agreement:.1%}"))
     if report.kl is not None:
         rows.append(("KL divergence, nats per token", "", f"{report.kl:.4f}"))
+    if (kv := report.kv_cache) is not None:
+        rows.append(
+            (f"perplexity, keys and values in {kv.dtype}", f"{kv.perplexity_before:.3f}", f"{kv.perplexity_after:.3f}")
+        )
+        rows.append((f"KL divergence of {kv.dtype}, nats per token", "", f"{kv.kl:.4f}"))
+        rows.append(("bytes of keys and values per token", "", f"{kv.bytes_per_token:,}"))
     if report.layers:
         worst = max(report.layers, key=lambda layer: layer.error)
         rows.append((f"largest layer error ({worst.name})", "", f"{worst.error:.2e}"))

@@ -112,10 +112,23 @@ class Event:
 
 
 @dataclass(frozen=True)
+class KVCacheReport:
+    """What the result loses with keys and values in ``dtype`` against itself with unquantized ones, and their bytes for
+    a token. Figures of held-out text as in ``QuantizeReport``."""
+
+    dtype: KVCacheDtype
+    bytes_per_token: int
+    perplexity_before: float
+    perplexity_after: float
+    kl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
 class QuantizeReport:
     """What came out. Perplexities, ``kl`` (mean nats, dense || quantized) and ``top1_agreement`` are of held-out text,
-    None when not measured. ``peak_bytes`` is the process's peak resident memory, ``tensor_bytes`` the largest sum of
-    weights, Hessian and activations held at once, the solver's temporaries aside."""
+    None when not measured; so is ``kv_cache``. ``peak_bytes`` is the process's peak resident memory, ``tensor_bytes``
+    the largest sum of weights, Hessian and activations held at once, the solver's temporaries aside."""
 
     out: str
     bytes_before: int
@@ -127,6 +140,7 @@ class QuantizeReport:
     eval_tokens: int = 0
     peak_bytes: int = 0
     tensor_bytes: int = 0
+    kv_cache: KVCacheReport | None = None
     layers: list[LayerResult] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

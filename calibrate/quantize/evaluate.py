@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantspec.calibrate.quantize.stream import StreamedModel
 from quantspec.numerics.measures import kl_divergence, top1_agreement
+from quantspec.numerics.scheme import KVCacheDtype
 
 BATCH_TOKENS = 4096  # tokens in one forward of a layer
 _HEAD_ROWS = 512  # positions whose logits stand in memory at once
@@ -52,9 +53,9 @@ def hidden_states(model: StreamedModel, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compare(before: Path, after: Path, ids: Tensor, device: str) -> Comparison:
-    """Score ``ids [S, T]`` with both checkpoints."""
-    models = [StreamedModel(folder, device) for folder in (before, after)]
+def compare(before: Path, after: Path, ids: Tensor, device: str, kv_cache_dtype: KVCacheDtype = "auto") -> Comparison:
+    """Score ``ids [S, T]`` with both checkpoints, of which ``after`` keeps keys and values in ``kv_cache_dtype``."""
+    models = [StreamedModel(before, device), StreamedModel(after, device, kv_cache_dtype)]
     states = [hidden_states(model, ids)[:, :-1].flatten(0, 1) for model in models]
     heads = [model.store.get(model.head_name).to(device) for model in models]
     targets = ids[:, 1:].flatten()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from quantspec.models.config import ModelConfig
 from quantspec.models.rope import inverse_frequencies
+from quantspec.numerics.kv import KVFormat
 
 STAGES: tuple[tuple[str, ...], ...] = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -30,10 +31,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class DecoderLayer:
-    """Layer ``index`` with fp32 ``weights`` under their names in the layer, like ``self_attn.q_proj.weight``."""
+    """Layer ``index`` with fp32 ``weights`` under their names in the layer, like ``self_attn.q_proj.weight``, which
+    attends keys and values as a cache in ``kv_format`` would hold them (None: as they are)."""
 
-    def __init__(self, config: ModelConfig, index: int, weights: dict[str, Tensor]) -> None:
-        self.config, self.weights = config, weights
+    def __init__(
+        self, config: ModelConfig, index: int, weights: dict[str, Tensor], kv_format: KVFormat | None = None
+    ) -> None:
+        self.config, self.weights, self.kv_format = config, weights, kv_format
         self.window = config.windows[index]
         self._inv_freq, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
 
@@ -56,6 +60,8 @@ class DecoderLayer:
             k = rms_norm(k, self.weights["self_attn.k_norm.weight"], self.config.rms_norm_eps)
         cos, sin = self._rotation(length, x.device)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        if self.kv_format is not None:
+            k, v = (self.kv_format.decode(self.kv_format.encode(rows)) for rows in (k, v))
         repeats = self.config.num_heads // self.config.num_kv_heads
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         if self.window is None or self.window >= length:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantspec.calibrate import data
 from quantspec.calibrate.quantize import checkpoint
-from quantspec.calibrate.quantize.config import Event, LayerResult, QuantizeConfig, QuantizeReport, Stage
+from quantspec.calibrate.quantize.config import Event, KVCacheReport, LayerResult, QuantizeConfig, QuantizeReport, Stage
 from quantspec.calibrate.quantize.evaluate import batches, compare
 from quantspec.calibrate.quantize.interrupt import deferred_interrupt
 from quantspec.calibrate.quantize.layer import DecoderLayer
@@ -23,6 +23,7 @@ from quantspec.calibrate.quantize.transforms.registry import model_transform
 from quantspec.calibrate.quantize.work import REPORT, WorkFolder, fingerprint, report_fingerprint
 from quantspec.errors import Interrupted, ModelError, ResourceError, UsageError
 from quantspec.models import atomic
+from quantspec.models.cache import kv_format
 from quantspec.models.config import KV_CALIBRATED, read_config
 from quantspec.models.tensors import TensorStore
 
@@ -160,14 +161,33 @@ class _Run:
                 "top1_agreement": compared.top1_agreement,
                 "eval_tokens": compared.nll_before.numel(),
             }
+        kv_cache = self._kv_report(work, held_out) if held_out is not None else None
         return QuantizeReport(
             out=str(self.config.out),
             bytes_before=self.source.store.nbytes(),
             bytes_after=TensorStore(work.path).nbytes(),
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             tensor_bytes=self.pipeline.tensor_bytes,
+            kv_cache=kv_cache,
             layers=[result for layer in work.results for result in layer],
             **measured,  # type: ignore[arg-type]
+        )
+
+    def _kv_report(self, work: WorkFolder, held_out: Tensor) -> KVCacheReport | None:
+        dtype = self.config.kv_cache_dtype
+        if dtype == "auto":
+            return None
+        self._say("evaluate", f"measuring what keys and values in {dtype} cost")
+        found = compare(work.path, work.path, held_out, self.config.device, dtype)
+        model, form = self.source.config, kv_format(self.source.config, dtype)
+        assert form is not None
+        return KVCacheReport(
+            dtype=dtype,
+            bytes_per_token=model.num_layers * 2 * model.num_kv_heads * form.row_bytes,
+            perplexity_before=found.perplexity_before,
+            perplexity_after=found.perplexity_after,
+            kl=found.kl,
+            top1_agreement=found.top1_agreement,
         )
 
     def _say(self, stage: Stage, message: str = "", result: LayerResult | None = None) -> None:
@@ -185,4 +205,5 @@ def _finished(out: Path, seal: str) -> QuantizeReport:
     if not same:
         raise UsageError(f"{out} exists already and is not empty", hint="remove it, or choose another --out")
     layers = [LayerResult(**result) for result in report.pop("layers")]
-    return QuantizeReport(layers=layers, **report)
+    kv_cache = report.pop("kv_cache", None)
+    return QuantizeReport(layers=layers, kv_cache=kv_cache and KVCacheReport(**kv_cache), **report)

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from quantspec.calibrate.quantize.layer import DecoderLayer, rms_norm
 from quantspec.errors import ModelError
+from quantspec.models.cache import kv_format
 from quantspec.models.config import ModelConfig
 from quantspec.models.tensors import TensorStore
 from quantspec.numerics.affine import dequantize
 from quantspec.numerics.packing import unpack_weight
-from quantspec.numerics.scheme import Scheme
+from quantspec.numerics.scheme import KVCacheDtype, Scheme
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -22,12 +23,13 @@ def layer_prefix(index: int) -> str:
 
 
 class StreamedModel:
-    """Config and tensors of a model folder; nothing is held between calls."""
+    """Config and tensors of a model folder; nothing is held between calls. ``kv_cache_dtype``: what its layers keep
+    keys and values in."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, kv_cache_dtype: KVCacheDtype = "auto") -> None:
         self.config = ModelConfig.load(folder)
         self.store = TensorStore(folder)
-        self.device = device
+        self.device, self.kv_format = device, kv_format(self.config, kv_cache_dtype)
         self.head_name = EMBEDDING if self.config.tied else HEAD
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -37,7 +39,8 @@ class StreamedModel:
     def layer(self, index: int) -> DecoderLayer:
         """Layer ``index`` with its weights in fp32 on the device."""
         scheme = self.config.quantization.scheme if self.config.quantization else None
-        return DecoderLayer(self.config, index, layer_weights(self.store, self.config, index, scheme, self.device))
+        weights = layer_weights(self.store, self.config, index, scheme, self.device)
+        return DecoderLayer(self.config, index, weights, self.kv_format)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self.store.get(FINAL_NORM).to(hidden), self.config.rms_norm_eps)
