@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ def speed(shape: str, context: int, rounds: int) -> dict[str, Any]:
         models[dtype].forward(Batch.chain((1,), context), [caches[dtype]], seconds=seconds)
         attention[dtype].append(float(seconds[PARTS.index("attention")]))
 
-    times = alternate({dtype: lambda dtype=dtype: step(dtype) for dtype in models}, rounds, share=float("inf"))
+    times = alternate({dtype: partial(step, dtype) for dtype in models}, rounds, share=inf)
     figures = {
         dtype: {"ms_per_step": min(times[dtype]) * 1e3, "attention_ms": min(attention[dtype]) * 1e3} for dtype in models
     }

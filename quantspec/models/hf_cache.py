@@ -98,7 +98,7 @@ class RecurrentCache:
 
     @property
     def nbytes(self) -> int:
-        return _bytes(self.state) + sum(_bytes(snapshot.state) for snapshot in self._snapshots)
+        return _bytes(self.state, *(snapshot.state for snapshot in self._snapshots))
 
     @property
     def empty(self) -> bool:
@@ -141,11 +141,11 @@ class RecurrentCache:
         self._dirty = False
 
 
-def _bytes(state: Any) -> int:
-    """Bytes of the tensors of all layers."""
-    entries = [value for layer in state.layers for value in vars(layer).values()]
+def _bytes(*states: Any) -> int:
+    """Bytes of the tensors of all layers; what states share counts once."""
+    entries = [value for state in states for layer in state.layers for value in vars(layer).values()]
     entries += [entry for value in entries if isinstance(value, dict) for entry in value.values()]
-    return sum(entry.nbytes for entry in entries if isinstance(entry, Tensor))
+    return sum({entry.data_ptr(): entry.nbytes for entry in entries if isinstance(entry, Tensor)}.values())
 
 
 def _copy(state: Any) -> Any:

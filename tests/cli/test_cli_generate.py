@@ -146,3 +146,19 @@ def test_stage_colors_follow_the_released_text() -> None:
     second = painter(Chunk((ord("d"), 0), ("intermediate", "target"), text="cd"))
     assert first == "\x1b[32ma\x1b[0m\x1b[32mb\x1b[0m"
     assert second == "c\x1b[36md\x1b[0m"
+
+
+def test_a_cache_of_few_bits(call, tiny: Path) -> None:
+    options = ("--model", tiny, "--method", "none", "--ignore-eos", "--temp", 0)
+    plain, small = (as_json(call, *options, "--kv-cache-dtype", dtype)["stats"] for dtype in ("auto", "int8"))
+    assert (plain["kv_cache_dtype"], small["kv_cache_dtype"]) == ("auto", "int8")
+    assert 0 < small["kv_cache_bytes"] < 0.3 * plain["kv_cache_bytes"]
+    said = call("generate", PROMPT, *options, "-n", 2, "--kv-cache-dtype", "int8").err
+    assert "note: " in said
+    assert "no calibrated key factors" in said
+    refused = call("generate", PROMPT, *options, "--kv-cache-dtype", "int4")
+    assert refused.code == 2
+    assert "hint: quantize it with --kv-cache-dtype int4" in refused.error
+    unknown = call("generate", PROMPT, *options, "--kv-cache-dtype", "fp8")
+    assert unknown.code == 2
+    assert "auto" in unknown.error
