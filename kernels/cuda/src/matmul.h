@@ -54,7 +54,8 @@ __device__ inline void load_scales(const uint8_t* stage, int group, int warp, in
 #pragma unroll
     for (int slot = 0; slot < 4; slot++) {
       const uint16_t bits = uint16_t((slot < 2 ? v.x : v.y) >> 16 * (slot % 2));
-      scales[slot] = bfloat_scales ? float_of_bfloat(bits) : float_of_half(bits);
+      const float half = float_of_half(bits);  // both, which costs less than a branch
+      scales[slot] = bfloat_scales ? float_of_bfloat(bits) : half;
     }
   }
 }

@@ -13,6 +13,7 @@ class Ring {
         memory_(memory),
         weights_(p.weights + int64_t(first) * S::TILE_BYTES),
         policy_(evict_first()),
+        x_(static_cast<const uint8_t*>(p.x) + 2 * token_ * p.x_stride + offset_),
         k_tile_(first % p.k_tiles),
         left_(end - first) {
     if constexpr (BULK) {
@@ -71,15 +72,18 @@ class Ring {
   }
 
   __device__ void copy_tokens(uint8_t* to) {
-    constexpr int PIECES = S::TOKEN_BYTES / 16;
-    const uint8_t* x = static_cast<const uint8_t*>(p_.x) + int64_t(k_tile_) * S::TOKEN_BYTES;
     const int left = 2 * p_.cols - k_tile_ * S::TOKEN_BYTES;
-    each<S::TOKENS * PIECES>([&](int i) {
-      const int token = i / PIECES, offset = i % PIECES * 16;
-      // Zeros past the last k, where weights are filled up, and past the last token, whose column is never stored.
-      copy16_or_zeros(to + token * S::TOKEN_STRIDE + offset, x + 2 * token * p_.x_stride + offset,
-                      token < p_.n && offset < left);
-    });
+    const uint8_t* x = x_ + int64_t(k_tile_) * S::TOKEN_BYTES;
+    const int64_t round_bytes = 2 * ROUND_TOKENS * p_.x_stride;
+#pragma unroll
+    for (int round = 0; round < (S::TOKENS + ROUND_TOKENS - 1) / ROUND_TOKENS; round++) {
+      const int token = round * ROUND_TOKENS + token_;
+      if (S::TOKENS % ROUND_TOKENS == 0 || token < S::TOKENS) {
+        // Zeros past the last k, where weights are filled up, and past the last token, whose column is never stored.
+        copy16_or_zeros(to + token * S::TOKEN_STRIDE + offset_, x + round * round_bytes,
+                        token < p_.n && offset_ < left);
+      }
+    }
   }
 
   // f(i) for every i < COUNT, shared out over the threads. Unrolled: a loop that began at threadIdx.x was not.
@@ -97,13 +101,18 @@ class Ring {
   }
   __device__ static int after(int stage) { return stage + 1 == S::STAGES ? 0 : stage + 1; }
 
+  static constexpr int PIECES = S::TOKEN_BYTES / 16, ROUND_TOKENS = THREADS / PIECES;
+
   const Params& p_;
   uint8_t* memory_;
   const uint8_t* weights_;  // of the next tile to be asked for
   uint64_t policy_;
-  int k_tile_, left_;            // where it is along k; how many are still to be asked for
-  int filling_ = 0, using_ = 0;  // stages
-  int phase_ = 0;                // of the barriers: how often the ring went round, modulo two
+  const int token_ = threadIdx.x / PIECES,
+            offset_ = threadIdx.x % PIECES * 16;  // of the first piece this thread copies
+  const uint8_t* x_;                              // where that is in the first tile of k
+  int k_tile_, left_;                             // where it is along k; how many are still to be asked for
+  int filling_ = 0, using_ = 0;                   // stages
+  int phase_ = 0;                                 // of the barriers: how often the ring went round, modulo two
 };
 
 }  // namespace quantspec
