@@ -107,12 +107,12 @@ class Ring {
   uint8_t* memory_;
   const uint8_t* weights_;  // of the next tile to be asked for
   uint64_t policy_;
-  const int token_ = threadIdx.x / PIECES,
-            offset_ = threadIdx.x % PIECES * 16;  // of the first piece this thread copies
-  const uint8_t* x_;                              // where that is in the first tile of k
-  int k_tile_, left_;                             // where it is along k; how many are still to be asked for
-  int filling_ = 0, using_ = 0;                   // stages
-  int phase_ = 0;                                 // of the barriers: how often the ring went round, modulo two
+  // Of the first piece of tokens that this thread copies: its token, its byte, its address in the first tile of k.
+  const int token_ = threadIdx.x / PIECES, offset_ = threadIdx.x % PIECES * 16;
+  const uint8_t* x_;
+  int k_tile_, left_;            // where it is along k; how many are still to be asked for
+  int filling_ = 0, using_ = 0;  // stages
+  int phase_ = 0;                // of the barriers: how often the ring went round, modulo two
 };
 
 }  // namespace quantspec
