@@ -54,7 +54,7 @@ class QuantizeConfig:
     held_out: Path | None = None
     """Text for the closing report. None: the bundled set, disjoint from the calibration text."""
     num_samples: int = 128
-    """Calibration rows of ``seq_len`` tokens (fewer where the text is shorter)."""
+    """Calibration rows of ``seq_len`` tokens (fewer where the text is shorter; "mse" reads 8 at most)."""
     eval_samples: int = 96
     """Held-out rows of ``seq_len`` tokens; 0 leaves the closing comparison out."""
     seq_len: int = 512
@@ -83,8 +83,8 @@ class QuantizeConfig:
 class LayerResult:
     """How one linear layer was quantized.
 
-    ``error`` is the relative output MSE on the calibration inputs; with methods that look at no inputs ("rtn", "mse"),
-    the relative weight MSE. ``damping`` is the share of the mean Hessian diagonal that was added to it.
+    ``error`` is the relative output MSE on the calibration inputs; with "rtn", which looks at no
+    inputs, the relative weight MSE. ``damping`` is the share of the mean Hessian diagonal that was added to it.
     ``fallback_reason`` says why round-to-nearest took the place of GPTQ.
     """
 

@@ -43,6 +43,12 @@ class LayerPipeline:
         self.tensor_bytes = 0
 
     @property
+    def num_samples(self) -> int:
+        """Calibration rows to read."""
+        limit = None if self.transforms else self.method.max_samples
+        return min(self.config.num_samples, limit or self.config.num_samples)
+
+    @property
     def calibrated(self) -> bool:
         """Whether calibration text is read at all."""
         return bool(self.method.needs or self.transforms)

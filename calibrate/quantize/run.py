@@ -67,7 +67,7 @@ class _Run:
         config = self.config
         calibration = None
         if self.pipeline.calibrated:
-            calibration = self._rows(config.calibration or data.CALIBRATION, config.num_samples, config.seed)
+            calibration = self._rows(config.calibration or data.CALIBRATION, self.pipeline.num_samples, config.seed)
         held_out = (
             self._rows(config.held_out or data.HELD_OUT, config.eval_samples, None) if config.eval_samples else None
         )

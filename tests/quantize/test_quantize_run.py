@@ -337,13 +337,13 @@ class TestFallback:
     def test_a_layer_gptq_cannot_solve_is_rounded_and_says_why(
         self, configure: Configure, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        solve = gptq.solve
+        factorize = gptq.factorize
         failing = (128,)  # input features of the down projections alone
 
-        def unsound(weight: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor | None:
-            return None if weight.shape[1] in failing else solve(weight, *args, **options)
+        def unsound(hessian: torch.Tensor, damping: float) -> gptq.Factor | None:
+            return None if len(hessian) in failing else factorize(hessian, damping)
 
-        monkeypatch.setattr(gptq, "solve", unsound)
+        monkeypatch.setattr(gptq, "factorize", unsound)
         events: list[Event] = []
         report = run(configure(), events.append)
         for layer in report.layers:

@@ -40,6 +40,8 @@ class Method:
 
     quantize_linear: QuantizeLinear
     needs: frozenset[Need] = frozenset()
+    max_samples: int | None = None
+    """Calibration rows that are enough for it."""
 
 
 def check_finite(name: str, weight: Tensor) -> None:

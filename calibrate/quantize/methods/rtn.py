@@ -1,4 +1,5 @@
-"""Round-to-nearest (RTN), which looks at no inputs: with min-max scales, or with those of the least squared error."""
+"""Round-to-nearest (RTN): with min-max scales, which looks at no inputs, or with scales searched for the least output
+error."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ from torch import Tensor
 
 from quantspec.calibrate.quantize.config import MethodOptions
 from quantspec.calibrate.quantize.methods.base import Solution, check_finite
-from quantspec.calibrate.quantize.methods.scales import search_scale
+from quantspec.calibrate.quantize.methods.scales import search_scale_on_outputs
 from quantspec.calibrate.quantize.observe import Statistics
-from quantspec.numerics.affine import QuantizedWeight, dequantize, quantize, quantize_codes
-from quantspec.numerics.measures import relative_mse
+from quantspec.numerics.affine import QuantizedWeight, dequantize, min_max_scale, quantize, quantize_codes
+from quantspec.numerics.measures import relative_mse, relative_output_mse
 from quantspec.numerics.scheme import Scheme
 
 
@@ -26,8 +27,18 @@ def quantize_linear(
 def quantize_linear_mse(
     name: str, weight: Tensor, scheme: Scheme, statistics: Statistics, options: MethodOptions
 ) -> Solution:
-    """Scales searched for the least squared error of each group's weights: clipping a few pays for the rest."""
+    """Scales searched for the least squared error of the layer's outputs; each weight still goes to its nearest
+    code."""
+    assert statistics.hessian is not None
     check_finite(name, weight)
-    scale, zero_point = search_scale(weight, torch.ones_like(weight[0]), scheme)
+    hessian = statistics.hessian.matrix
+    reason = None
+    if torch.isfinite(hessian).all():
+        scale, zero_point = search_scale_on_outputs(weight, hessian, scheme)
+    else:
+        reason = "the calibration inputs overflow"
+        scale, zero_point = min_max_scale(weight, scheme)
     quantized = QuantizedWeight(quantize_codes(weight, scale, zero_point, scheme), scale, zero_point, scheme)
-    return Solution(quantized, "mse", relative_mse(dequantize(quantized), weight))
+    if reason:
+        return Solution(quantized, "rtn", relative_mse(dequantize(quantized), weight), fallback_reason=reason)
+    return Solution(quantized, "mse", relative_output_mse(dequantize(quantized), weight, hessian))
