@@ -5,7 +5,7 @@
 prints one JSON object. Everything is held against ``cpu-fp32``, which has the weights exactly as stored: perplexity and
 its ratio with a 95% interval (bootstrap over rows of text, which keeps the pairing), KL divergence in nats and top-1
 agreement per token. Two mixtures part the cost of ``cpu-int8``: its layers with the stored head and embedding, and its
-head and embedding with the layers of ``cpu-fp32``.
+head and embedding with the layers of ``cpu-fp32``. Two more tell what rounding the head alone costs on a GPU.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from torch import Tensor
 
 from quantspec.benchmarks.stats import ratio
 from quantspec.calibrate import data
+from quantspec.kernels.cpu.packed import Arena, pack
 from quantspec.models.base import CausalModel
 from quantspec.models.config import ModelConfig
 from quantspec.models.cpu_decoder import CpuDecoder
 from quantspec.models.load import load_model
 from quantspec.models.resolve import resolve
+from quantspec.models.weights import HEAD_SCHEMES, Weights, round_head
 from quantspec.numerics.measures import kl_divergence, top1_agreement
 from quantspec.types import Batch
 
@@ -42,6 +44,18 @@ def mixed(layers: CpuDecoder, vocabulary: CpuDecoder) -> CpuDecoder:
     )  # fmt: skip
 
 
+def with_head(model: CpuDecoder, name: str, bits: int) -> CpuDecoder:
+    """The model with its LM head, stored unquantized, in what a GPU's backends make of it under ``head_bits``."""
+    config, folder = model.config, resolve(name)
+    tensor = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
+    stored = Weights(folder, config).stored(tensor, (config.vocab_size, config.hidden_size))
+    head = pack(round_head(stored, bits), None, arena=Arena(), integer=False)
+    return CpuDecoder(
+        config, model._embedding, model._layers, model._norm, head,
+        weight_bytes=model.weight_bytes, integer=False,
+    )  # fmt: skip
+
+
 def load_models(name: str, reference: bool) -> dict[str, CausalModel]:
     """The base first. Raises ``UsageError`` for a model that is not quantized."""
     int8, fp32 = (load_model(name, backend=backend) for backend in ("cpu-int8", BASE))
@@ -52,6 +66,7 @@ def load_models(name: str, reference: bool) -> dict[str, CausalModel]:
         "cpu-int8": int8,
         "int8 activations alone": mixed(int8, fp32),
         "8-bit head and embedding alone": mixed(fp32, int8),
+        **{f"{bits}-bit head of a GPU alone": with_head(fp32, name, bits) for bits in HEAD_SCHEMES},
     }
     if reference:
         models["reference-exact"] = load_model(name, backend="reference-exact")

@@ -15,18 +15,14 @@ from quantspec.kernels.triton.linear import TritonLinear
 from quantspec.models.config import ModelConfig
 from quantspec.models.prove import check_product, prove
 from quantspec.models.triton_decoder import Matmul, TritonDecoder, TritonLayer
-from quantspec.models.weights import Fused, LayerNames, Weights, fuse, join
-from quantspec.numerics.affine import QuantizedWeight, quantize
-from quantspec.numerics.scheme import Scheme
+from quantspec.models.weights import HEAD_SCHEMES, Fused, LayerNames, Weights, fuse, round_head
+from quantspec.numerics.affine import QuantizedWeight
 
 if TYPE_CHECKING:
     from quantspec.kernels.cuda.linear import Workspace
 
 Kernels = Literal["cuda", "triton", "gptqmodel-marlin"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HEAD_SCHEMES = {bits: Scheme(bits, group_size=128, symmetric=True, dtype="bfloat16") for bits in (4, 8)}
-"""What an LM head is rounded to, by its bits. Scales have fp32's range in 16 bits: rows of rare tokens are small."""
-_CHUNK = 4096  # rows of a head that are rounded at a time, in fp32
 
 
 @torch.no_grad()
@@ -53,7 +49,7 @@ def load_triton_decoder(
     norm = loader.norm("model.norm.weight")
     head_weight = stored if config.tied else weights.linear("lm_head", sizes)
     if isinstance(head_weight, Tensor) and head_bits in HEAD_SCHEMES:
-        head_weight = join([quantize(rows.float(), HEAD_SCHEMES[head_bits]) for rows in head_weight.split(_CHUNK)])
+        head_weight = round_head(head_weight, head_bits)
     head = loader.head(embedding if head_weight is stored else head_weight)
     weights.refuse_leftovers()
     model = TritonDecoder(config, embedding, layers, norm, head, weight_bytes=weights.bytes)

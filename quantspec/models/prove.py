@@ -84,8 +84,12 @@ def _kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> I
 
     parents, eps, d = (-1, -1, 0, 1, 3), config.rms_norm_eps, config.head_dim
     n, heads, kv_heads = len(parents), config.num_heads, config.num_kv_heads
-    x, residual, weight = random(n, config.hidden_size), random(n, config.hidden_size), random(config.hidden_size)
-    yield "norms", rms_norm(x, weight, eps, residual)[0], eager_rms_norm(x.float(), weight.float(), eps, residual)[0]
+    x, residual, weight = (
+        random(n, config.hidden_size),
+        random(n, config.hidden_size),
+        random(config.hidden_size).float(),
+    )
+    yield "norms", rms_norm(x, weight, eps, residual)[0], eager_rms_norm(x.float(), weight, eps, residual)[0]
     both = random(n, 2 * config.intermediate_size)
     yield "SwiGLU", swiglu(both), eager_swiglu(both.float())
 
@@ -94,7 +98,7 @@ def _kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> I
     rows, kv = Rows.of(parents, cached, device), random(2 * kv_heads, slots, d)
     table = RopeTable(config.rope, d, device, torch.float32)
     table.grow(slots)
-    qkv, qk_norm = random(n, heads + 2 * kv_heads, d), random(heads + kv_heads, d) if config.qk_norm else None
+    qkv, qk_norm = random(n, heads + 2 * kv_heads, d), random(heads + kv_heads, d).float() if config.qk_norm else None
     wide = kv.float()
     expected = eager_rope(qkv.float(), table.cos, table.sin, rows, wide, qk_norm, eps)
     q = rope(qkv, table.cos, table.sin, rows, kv, qk_norm, eps)

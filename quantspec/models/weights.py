@@ -12,10 +12,14 @@ from torch import Tensor
 from quantspec.errors import ModelError
 from quantspec.models.config import ModelConfig
 from quantspec.models.tensors import TensorStore
-from quantspec.numerics.affine import QuantizedWeight, dequantize
+from quantspec.numerics.affine import QuantizedWeight, dequantize, quantize
 from quantspec.numerics.packing import unpack_weight
+from quantspec.numerics.scheme import Scheme
 
 _MISMATCH = "config.json and the weights belong to different models"
+HEAD_SCHEMES = {bits: Scheme(bits, group_size=128, symmetric=True, dtype="bfloat16") for bits in (4, 8)}
+"""What a GPU's backends round an LM head to, by its bits. Scales have fp32's range: rows of rare tokens are small."""
+_CHUNK = 4096  # rows of a head that are rounded at a time, in fp32
 _PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -137,6 +141,11 @@ def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
         torch.cat(zero_points) if zero_points else None,
         weights[0].scheme,
     )
+
+
+def round_head(weight: Tensor, bits: int) -> QuantizedWeight:
+    """An LM head ``[V, H]`` that is stored unquantized, in ``HEAD_SCHEMES[bits]``."""
+    return join([quantize(rows.float(), HEAD_SCHEMES[bits]) for rows in weight.split(_CHUNK)])
 
 
 def fuse(parts: list[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight:

@@ -17,6 +17,7 @@ from quantspec.kernels import dispatch
 from quantspec.models import prove
 from quantspec.models.config import ModelConfig
 from quantspec.models.load import load_decoder, load_model
+from quantspec.models.weights import HEAD_SCHEMES
 from quantspec.numerics.affine import QuantizedWeight, dequantize
 from quantspec.numerics.scheme import Scheme
 from quantspec.types import Batch
@@ -119,8 +120,10 @@ def test_cuda_and_triton_share_a_model(w4: Path, cuda: list[QuantizedWeight]) ->
     assert (model.backend, model.row_invariant, model.dtype) == ("cuda", True, torch.bfloat16)
     assert isinstance(model._layers[0].down, TritonLinear)
     assert [weight.codes.shape[0] for weight in cuda] == [64, 32, 96, 160]
-    assert cuda[-1].scheme == load_triton.HEAD_SCHEMES[8]
-    assert model.notes == ("1 of its layers run on Triton's kernels: the CUDA kernels cannot hold it: its inputs are odd",)
+    assert cuda[-1].scheme == HEAD_SCHEMES[8]
+    assert model.notes == (
+        "1 of its layers run on Triton's kernels: the CUDA kernels cannot hold it: its inputs are odd",
+    )
     # Of values of size 3: bf16 activations through a layer, and an 8-bit head.
     assert (logits(model) - reference(w4)).abs().max() < 0.2
 

@@ -17,6 +17,7 @@ from quantspec.kernels.reference import Linear
 from quantspec.models.base import CausalModel, Output
 from quantspec.models.config import ModelConfig
 from quantspec.models.load import load_decoder
+from quantspec.models.weights import HEAD_SCHEMES
 from quantspec.numerics.affine import dequantize, quantize
 from quantspec.numerics.scheme import Scheme
 from quantspec.types import Batch
@@ -29,7 +30,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from quantspec.kernels.triton import attention
 from quantspec.models import triton_frame, triton_rounds
-from quantspec.models.load_triton import HEAD_SCHEMES, load_triton_decoder
+from quantspec.models.load_triton import load_triton_decoder
 from quantspec.models.triton_decoder import TritonDecoder
 from quantspec.models.triton_graphs import Graphs
 
