@@ -23,7 +23,7 @@ from quantspec.models.base import Cache, Output
 from quantspec.models.config import read_config
 from quantspec.models.hf_cache import AttentionCache, RecurrentCache
 from quantspec.models.hf_parts import Parts
-from quantspec.models.hf_quantized import check_after, check_before, weight_bytes
+from quantspec.models.hf_quantized import check_after, check_before, settle_dtype, weight_bytes
 from quantspec.models.tensors import TensorStore
 from quantspec.types import Batch, Tap
 
@@ -309,6 +309,7 @@ def load_module(folder: Path, dtype: torch.dtype, device: str) -> Any:
             hint="config.json and the weights belong to different models, or a quantization is not known",
         )
     check_after(module, str(folder))
+    settle_dtype(module, dtype)
     return module if placement else module.to(device)
 
 

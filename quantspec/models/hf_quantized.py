@@ -72,6 +72,22 @@ def check_after(module: torch.nn.Module, source: str) -> None:
             raise ModelError(f"{source}: {name} is {list(state.shape)}, and config.json says {wanted}", hint=_DAMAGED)
 
 
+def settle_dtype(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Keep what a bitsandbytes model does not quantize in ``dtype``: transformers leaves it as it was saved. On a CPU
+    4-bit layers compute in it too, where bf16 is no faster and makes rows change far more with their number."""
+    quantized = {id(weight) for weight in module.parameters() if hasattr(weight, "quant_state")}
+    if not quantized:
+        return
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and id(parameter) not in quantized:  # packed codes may be stored as floats
+            parameter.data = parameter.data.to(dtype)
+    layers: list[Any] = list(module.modules())
+    for layer in layers:
+        weight: Any = getattr(layer, "weight", None)
+        if id(weight) in quantized and weight.device.type == "cpu":
+            layer.compute_dtype, layer.compute_type_is_set, weight.quant_state.dtype = dtype, True, dtype
+
+
 def weight_bytes(module: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers, and of the scales that bitsandbytes keeps beside its parameters."""
     total = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

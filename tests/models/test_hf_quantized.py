@@ -118,9 +118,11 @@ def nf4(tmp_path_factory):
     module.save_pretrained(dense)
     how = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    quantized = AutoModelForCausalLM.from_pretrained(dense, quantization_config=how, device_map={"": "cpu"})
+    quantized = AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=how, device_map={"": "cpu"}, dtype=torch.bfloat16
+    )
     quantized.save_pretrained(folder)
     return folder
 
@@ -129,6 +131,7 @@ def test_nf4_runs_chains_and_trees(nf4, capfd):
     model = load_model(nf4)
     assert capfd.readouterr().out == ""
     assert (model.row_invariant, model.chains_only, model.notes) == (False, False, ())
+    assert (model.parts.dtype, model.embed([1]).dtype) == (torch.float32, torch.float32)  # and not as it was saved
     assert type(model.module.model.layers[0].mlp.down_proj).__name__ == "Linear4bit"
     # Layers of two codes a byte, a scale of one byte per 64 and one of four per 256 of those, beside 4-byte embedding,
     # head and norms.
@@ -143,7 +146,11 @@ def test_nf4_runs_chains_and_trees(nf4, capfd):
     for i, path in enumerate(([20], [30], [20, 40], [20, 40, 50])):
         with torch.no_grad():
             plain = model.module(input_ids=torch.tensor([prompt + path]), use_cache=False).logits[0, -1]
-        torch.testing.assert_close(rows[i], plain, atol=1e-4, rtol=0)  # fp32 rounding; a wrong mask gives above 1e-2
+        # fp32 rounding; sums in bfloat16, as the checkpoint asks for, and wrong masks give above 1e-2.
+        torch.testing.assert_close(rows[i], plain, atol=1e-4, rtol=0)
+    cache.commit([])
+    one = model.forward(Batch.of([([20], (-1,))], [10]), [cache]).logits  # a product of its own kernel
+    torch.testing.assert_close(one[0], rows[0], atol=1e-4, rtol=0)
 
 
 def test_nf4_that_is_damaged_or_of_another_shape(nf4, tmp_path):
