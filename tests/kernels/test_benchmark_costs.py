@@ -36,7 +36,8 @@ def test_the_cost_of_int8_is_parted(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(models)[:2] == ["cpu-fp32", "cpu-int8"]
     costs = [models[name]["kl"] for name in models if name != "cpu-fp32"]
     assert models["cpu-fp32"]["kl"] == 0.0 < min(costs)
-    assert len(set(costs)) == 3  # the mixtures are models of their own
+    assert len(set(costs)) == 5  # the mixtures are models of their own
+    assert models["4-bit head of a GPU alone"]["kl"] == max(costs)
 
 
 def test_ratios_are_to_the_idle_machine() -> None:
