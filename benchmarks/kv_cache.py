@@ -26,6 +26,7 @@ from quantspec.benchmarks.random_model import random_decoder
 from quantspec.benchmarks.shapes import SHAPES
 from quantspec.benchmarks.timing import alternate
 from quantspec.calibrate import data
+from quantspec.kernels.cpu import library
 from quantspec.kernels.cpu.forward import PARTS
 from quantspec.models.base import CausalModel
 from quantspec.models.cache import KVCache, kv_format
@@ -96,7 +97,7 @@ def speed(shape: str, context: int, rounds: int) -> dict[str, Any]:
     figures = {
         dtype: {"ms_per_step": min(times[dtype]) * 1e3, "attention_ms": min(attention[dtype]) * 1e3} for dtype in models
     }
-    return {"shape": shape, "context": context, "threads": torch.get_num_threads(), "caches": figures}
+    return {"shape": shape, "context": context, "threads": library.load().qs_threads(), "caches": figures}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

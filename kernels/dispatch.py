@@ -288,8 +288,9 @@ def refused(request: Request, named: Backend, reason: str) -> UsageError:
 
 
 def passed_over(request: Request, chosen: Backend) -> str | None:
-    """Why a faster backend does not serve: what this machine lacks, or the size of the groups; None if neither does."""
-    usual = replace(request, group_size=128)
+    """Why a faster backend does not serve: what this machine lacks, the size of the groups or the cache of keys and
+    values; None if none of these."""
+    usual = replace(request, group_size=128, kv_cache_dtype="auto")
     for backend in BACKENDS[: BACKENDS.index(chosen)]:
         if backend.unable(usual) is None:
             unable = backend.unable(request)

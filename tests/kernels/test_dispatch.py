@@ -186,6 +186,16 @@ def test_a_gpu_without_a_compiler_takes_the_next_and_says_why(gpu: dict[str, str
     assert passed_over(replace(ON_GPU, dtype="float32"), chosen) is None  # the CUDA kernels would not serve anyway
 
 
+def test_a_cache_of_few_bits_is_the_references_on_a_gpu(gpu: dict[str, str | None]) -> None:
+    small = replace(ON_GPU, kv_cache_dtype="int8")
+    chosen = choose(small)
+    assert chosen.name == "reference-fast"
+    assert passed_over(small, chosen) == "cuda has no int8 cache of keys and values"
+    with pytest.raises(UsageError, match="has no int8 cache of keys and values"):
+        choose(small, "triton")
+    assert choose(replace(W4, kv_cache_dtype="int4"), "cpu-int8").name == "cpu-int8"
+
+
 def test_backends_that_failed_are_not_taken_again(gpu: dict[str, str | None]) -> None:
     failed = {"cuda": "its product is wrong"}
     assert choose(ON_GPU, failed=failed).name == "triton"
