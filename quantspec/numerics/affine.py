@@ -33,11 +33,12 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
 
 def dequantize(quantized: QuantizedWeight) -> Tensor:
     """The weight ``[N, K]`` in fp32 that the codes stand for."""
-    k = quantized.codes.shape[1]
-    codes = quantized.codes.float()
-    if quantized.zero_point is not None:
-        codes -= expand_groups(quantized.zero_point.float(), k, quantized.scheme)
-    return codes.mul_(expand_groups(quantized.scale.float(), k, quantized.scheme))
+    weight, scale, zero_point = quantized.codes.float(), quantized.scale.float(), quantized.zero_point
+    for group, part in enumerate(group_slices(weight.shape[1], quantized.scheme)):
+        if zero_point is not None:
+            weight[:, part] -= zero_point[:, group, None]
+        weight[:, part] *= scale[:, group, None]
+    return weight
 
 
 def min_max_scale(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
@@ -72,11 +73,19 @@ def scale_of_range(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, T
 
 def quantize_codes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
     """Nearest int8 codes ``[N, K]`` under given stored scales and zero points ``[N, G]``."""
-    k = weight.shape[1]
-    codes = weight.float() / expand_groups(scale.float(), k, scheme)
-    if zero_point is not None:
-        codes += expand_groups(zero_point.float(), k, scheme)
-    return codes.round_().clamp_(scheme.q_min, scheme.q_max).to(torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for group, part in enumerate(group_slices(weight.shape[1], scheme)):
+        exact = weight[:, part].float() / scale[:, group, None].float()
+        if zero_point is not None:
+            exact += zero_point[:, group, None]
+        codes[:, part] = exact.round_().clamp_(scheme.q_min, scheme.q_max)
+    return codes
+
+
+def group_slices(k: int, scheme: Scheme) -> list[slice]:
+    """The columns of each group of a weight with ``k`` input features."""
+    width = scheme.group(k)
+    return [slice(start, min(start + width, k)) for start in range(0, k, width)]
 
 
 def expand_groups(per_group: Tensor, k: int, scheme: Scheme) -> Tensor:

@@ -22,6 +22,13 @@ _WORD = 32  # bits in a word, and codes after which the bit string meets a word 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Signed codes ``[N, K]`` to int32 words ``[N, ceil(K * bits / 32)]``."""
     n, k = codes.shape
+    if 8 % bits == 0 and k * bits % _WORD == 0:  # no code crosses a byte: less time, and an eighth of the memory
+        unsigned = codes.contiguous().view(torch.uint8) + 2 ** (bits - 1)  # wraps round to 0 and up
+        lanes = unsigned.view(n, -1, 8 // bits)
+        packed = lanes[..., 0].clone()
+        for i in range(1, 8 // bits):
+            packed |= lanes[..., i] << i * bits
+        return packed.view(torch.int32)
     blocks = -(-k // _WORD)
     unsigned = torch.nn.functional.pad(codes.long() + 2 ** (bits - 1), (0, blocks * _WORD - k)).view(n, blocks, _WORD)
     words = torch.zeros(n, blocks, bits + 1, dtype=torch.int64, device=codes.device)  # one spare word takes the carry

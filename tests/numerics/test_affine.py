@@ -38,8 +38,8 @@ def test_error_is_at_most_half_a_step_inside_the_range(scheme: Scheme, shape: tu
     position = weight / step + zero
     inside = (position >= scheme.q_min - 0.5) & (position <= scheme.q_max + 0.5)
     error = (dequantize(quantized) - weight).abs()
-    # One part in 10^5 above half a step: fp32 rounding of the division and of the product.
-    assert (error <= 0.50001 * step)[inside].all()
+    # fp32 rounding of the division and of the product: up to 2^8 steps (asymmetric, 8 bits) times 2^-23 each.
+    assert (error <= (0.5 + 2 * 2**-15) * step)[inside].all()
     # Outside lies only what rounding of the stored scale (2^-9 in bf16) and zero point (half a step) pushes there.
     assert (error <= (1.01 + scheme.q_max * 2**-8) * step).all()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantspec.numerics.affine import QuantizedWeight, dequantize, min_max_scale, scale_of_range
+from quantspec.numerics.affine import QuantizedWeight, dequantize, group_slices, min_max_scale, scale_of_range
 from quantspec.numerics.scheme import Scheme
 
 _STEPS = 20
@@ -20,7 +20,7 @@ def search_scale(weight: Tensor, importance: Tensor, scheme: Scheme) -> tuple[Te
     """Stored scale and zero point ``[N, G]`` of the clipped range with the least rounding error in each group of
     ``weight [N, K]``, where column k's squared error counts ``importance[k]``."""
     scale, zero_point = min_max_scale(weight, scheme)
-    for group, part in enumerate(_groups(weight.shape[1], scheme)):
+    for group, part in enumerate(group_slices(weight.shape[1], scheme)):
         power = importance[part]
         _search_group(
             weight[:, part], lambda error, power=power: error.square() @ power, scale, zero_point, group, scheme
@@ -33,7 +33,7 @@ def search_scale_on_outputs(weight: Tensor, hessian: Tensor, scheme: Scheme) -> 
     rounding: group by group, each on top of the errors that the others make. Starts from ``search_scale``."""
     scale, zero_point = search_scale(weight, hessian.diagonal(), scheme)
     error = round_error(weight, scale, zero_point, scheme)
-    for group, part in enumerate(_groups(weight.shape[1], scheme)):
+    for group, part in enumerate(group_slices(weight.shape[1], scheme)):
         block = hessian[part, part].contiguous()
         others = (error @ hessian[:, part]).sub_(error[:, part] @ block).mul_(2)
 
@@ -49,7 +49,7 @@ def refit_scale(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight) -> 
     group."""
     scheme, stored = quantized.scheme, quantized.scale.clone()
     error = dequantize(quantized).sub_(weight)
-    for group, part in enumerate(_groups(weight.shape[1], scheme)):
+    for group, part in enumerate(group_slices(weight.shape[1], scheme)):
         steps = quantized.codes[:, part].float()
         if quantized.zero_point is not None:
             steps -= quantized.zero_point[:, group, None]
@@ -66,14 +66,10 @@ def refit_scale(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight) -> 
 def round_error(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
     """What rounding to the nearest code adds to ``weight``: ``[N, K]``."""
     error = torch.empty_like(weight)
-    for group, part in enumerate(_groups(weight.shape[1], scheme)):
+    for group, part in enumerate(group_slices(weight.shape[1], scheme)):
         zero = None if zero_point is None else zero_point[:, group, None]
         error[:, part] = _rounded(weight[:, part], scale[:, group, None], zero, scheme) - weight[:, part]
     return error
-
-
-def _groups(k: int, scheme: Scheme) -> list[slice]:
-    return [slice(start, min(start + scheme.group(k), k)) for start in range(0, k, scheme.group(k))]
 
 
 def _rounded(columns: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
