@@ -63,6 +63,21 @@ def test_the_result_generates(call, tiny: Path, tmp_path: Path) -> None:
     assert json.loads(result.out)["stats"]["exactness"] == "exact"
 
 
+def test_a_cache_of_few_bits(call, tiny: Path, tmp_path: Path) -> None:
+    """Quantized for it, a model generates with keys and values in 4 bits; what that costs stands in the report."""
+    out = tmp_path / "w4"
+    result = call("quantize", tiny, "--out", out, "--method", "rtn", "--kv-cache-dtype", "int4", *FAST)
+    assert result.code == 0, result.err
+    assert "perplexity, keys and values in int4" in result.out
+    assert "bytes of keys and values per token" in result.out
+    small = call("generate", "Question:", "--model", out, "--method", "none", "--kv-cache-dtype", "int4", "--json")
+    assert small.code == 0, small.err
+    assert "note" not in small.err
+    assert json.loads(small.out)["stats"]["kv_cache_dtype"] == "int4"
+    wrong = call("quantize", tiny, "--out", tmp_path / "new", "--kv-cache-dtype", "fp8")
+    assert (wrong.code, (tmp_path / "new").exists()) == (2, False)
+
+
 def test_table_without_a_terminal(call, tiny: Path, tmp_path: Path) -> None:
     result = call("quantize", tiny, "--out", tmp_path / "w4", "--method", "rtn", *FAST)
     assert result.code == 0
