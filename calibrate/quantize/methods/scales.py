@@ -21,10 +21,11 @@ def search_scale(weight: Tensor, importance: Tensor, scheme: Scheme) -> tuple[Te
     ``weight [N, K]``, where column k's squared error counts ``importance[k]``."""
     scale, zero_point = min_max_scale(weight, scheme)
     for group, part in enumerate(group_slices(weight.shape[1], scheme)):
-        power = importance[part]
-        _search_group(
-            weight[:, part], lambda error, power=power: error.square() @ power, scale, zero_point, group, scheme
-        )
+
+        def cost(error: Tensor, power: Tensor = importance[part]) -> Tensor:
+            return error.square() @ power
+
+        _search_group(weight[:, part], cost, scale, zero_point, group, scheme)
     return scale, zero_point
 
 
