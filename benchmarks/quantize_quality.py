@@ -36,7 +36,7 @@ def losses(folder: Path, rows: Tensor, device: str) -> Tensor:
     """Negative log-likelihood in nats of each token but the first of ``rows [S, T]``: ``[S, T - 1]``."""
     model = StreamedModel(folder, device)
     states = hidden_states(model, rows)
-    head = model.store.get(model.head_name).to(device)
+    head = model.head()
     found = []
     for row, ids in zip(states, rows, strict=True):
         logs = log_probs(row[:-1].to(device), head)

@@ -18,7 +18,8 @@ Activations = Literal["int8", "fp32"]
 class Request:
     """What a model asks of its kernels. ``bits`` 16: no weight is quantized; ``group_size`` -1: one scale per output
     channel; ``rows``: of one forward, at most; ``head_bits``: of an LM head that is stored unquantized. ``dtype``,
-    ``activations`` and ``head_bits`` None: as the backend does. ``kv_cache_dtype``: of keys and values."""
+    ``activations`` and ``head_bits`` None: as the backend does. ``kv_cache_dtype``: of keys and values; ``more``: bits
+    and group sizes of layers that have others."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -29,6 +30,7 @@ class Request:
     activations: Activations | None = None
     head_bits: int | None = None
     kv_cache_dtype: KVCacheDtype = "auto"
+    more: tuple[tuple[int, int], ...] = ()
 
 
 def _anywhere() -> str | None:
@@ -71,10 +73,11 @@ class Backend:
             return f"does not run on {request.device}"
         if request.dtype not in (None, *self.dtypes):
             return f"does not compute in {request.dtype}"
-        if request.bits not in self.bits:
-            return "needs quantized weights" if request.bits == 16 else f"has no {request.bits}-bit weights"
-        if request.bits != 16 and not self._has_group(request.group_size):
-            return "has no scales per channel" if request.group_size == -1 else f"has no groups of {request.group_size}"
+        for bits, size in ((request.bits, request.group_size), *request.more):
+            if bits not in self.bits:
+                return "needs quantized weights" if bits == 16 else f"has no {bits}-bit weights"
+            if bits != 16 and not self._has_group(size):
+                return "has no scales per channel" if size == -1 else f"has no groups of {size}"
         if request.activations not in (None, self.activations):
             return f"computes with {self.activations} activations"
         if request.head_bits not in (None, *self.head_bits):
@@ -264,10 +267,16 @@ def choose(request: Request, name: str | None = None, failed: Mapping[str, str] 
             reasons[backend.name] = reason
     kind = "dense" if request.bits == 16 else f"{request.bits}-bit"
     dtype = f" in {request.dtype}" if request.dtype else ""
+    dtype += f" with {request.activations} activations" if request.activations else ""
     raise UsageError(
         f"no kernel for {kind} weights{dtype} on {request.device}",
         hint="; ".join(f"{each.name} {reasons[each.name]}" for each in BACKENDS),
     )
+
+
+def serves(request: Request) -> bool:
+    """Whether any backend does, here."""
+    return any(backend.why_not(request) is None for backend in BACKENDS)
 
 
 def _named(request: Request, name: str) -> Backend:

@@ -1,42 +1,81 @@
-"""The quantized checkpoint's small files: config, index and sidecars, in compressed-tensors ``pack-quantized`` form."""
+"""What a quantized checkpoint holds beside its layers, in compressed-tensors' form: vocabulary, config, sidecars."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from quantspec.calibrate.quantize.plan import Plan
 from quantspec.models import atomic
+from quantspec.models.quantization import EMBEDDING_MODULE, HEAD_MODULE, Format
 from quantspec.models.tensors import INDEX, read_header
+from quantspec.models.weights import join
+from quantspec.numerics.affine import QuantizedWeight, quantize
+from quantspec.numerics.packing import byte_weight, pack_weight
 from quantspec.numerics.scheme import CHANNEL, Scheme
 
 _SIDECARS = (".json", ".jinja", ".txt", ".model")
 _OWN = ("config.json", INDEX, atomic.MANIFEST)
 
 
-def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
+STORED: dict[Format, Callable[[QuantizedWeight], dict[str, Tensor]]] = {
+    "pack-quantized": pack_weight,
+    "int-quantized": byte_weight,
+}
+"""A quantized weight to the tensors that stand for it."""
+_ROWS = 4096  # of a vocabulary that are in fp32 at once
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
     """What vLLM, SGLang and transformers read. ``ignore`` names real modules. No ``actorder`` key: the order was
-    static, and naming it makes loaders look for indices."""
-    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False}
-    if scheme.group_size == CHANNEL:
-        weights |= {"strategy": "channel"}
-    else:
-        weights |= {"strategy": "group", "group_size": scheme.group_size}
-    group = {"targets": ["Linear"], "input_activations": None, "output_activations": None, "weights": weights}
+    static, and naming it makes loaders look for indices. Layers that differ from most have groups of their own, by
+    name."""
+    targets: dict[tuple[Scheme, bool], list[str]] = {}
+    for target, scheme in plan.quantization.targets:
+        targets.setdefault((scheme, target == EMBEDDING_MODULE), []).append(target)
+    groups = [
+        {
+            "targets": names,
+            "input_activations": None if embedding or plan.activation_bits == 16 else dict(_INT8_PER_TOKEN),
+            "output_activations": None,
+            "weights": _weights(scheme),
+        }
+        for (scheme, embedding), names in targets.items()
+    ]
+    head = [] if HEAD_MODULE in plan.vocabulary else [HEAD_MODULE]
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": plan.format,
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
-        "ignore": list(ignore),
-        "config_groups": {"group_0": group},
+        "ignore": [*head, *sorted(plan.ignored)],
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
     }
 
 
-def write_small_files(model: Path, folder: Path, raw: dict[str, Any], scheme: Scheme, ignore: Sequence[str]) -> None:
+_INT8_PER_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False}
+    if scheme.group_size == CHANNEL:
+        return weights | {"strategy": "channel"}
+    return weights | {"strategy": "group", "group_size": scheme.group_size}
+
+
+def vocabulary_tensors(module: str, weight: Tensor, scheme: Scheme, form: Format) -> dict[str, Tensor]:
+    """An embedding or LM head ``[V, H]``, rounded to nearest."""
+    quantized = join([quantize(rows.float(), scheme) for rows in weight.split(_ROWS)])
+    return {f"{module}.{suffix}": tensor for suffix, tensor in STORED[form](quantized).items()}
+
+
+def write_small_files(model: Path, folder: Path, raw: dict[str, Any], plan: Plan) -> None:
     """Write ``config.json`` (``raw`` is the dense model's), the shard index and copies of the model's tokenizer,
     template and licence files."""
-    atomic.write_json(folder / "config.json", raw | {"quantization_config": quantization_config(scheme, ignore)})
+    atomic.write_json(folder / "config.json", raw | {"quantization_config": quantization_config(plan)})
     weight_map, size = {}, 0
     for shard in sorted(folder.glob("model-*.safetensors")):
         for name, info in read_header(shard).items():

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantspec.errors import UsageError
-from quantspec.numerics.scheme import KVCacheDtype
+from quantspec.numerics.scheme import CHANNEL, KVCacheDtype
 
-MethodName = Literal["gptq", "rtn", "mse"]
+MethodName = Literal["gptq", "rtn", "mse", "awq"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Recipe:
     transforms: tuple[str, ...] = ()
 
 
-RECIPES: dict[str, Recipe] = {"gptq": Recipe("gptq"), "rtn": Recipe("rtn"), "mse": Recipe("mse")}
+RECIPES: dict[str, Recipe] = {"gptq": Recipe("gptq"), "rtn": Recipe("rtn"), "mse": Recipe("mse"), "awq": Recipe("mse", ("awq",))}
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,15 @@ class MethodOptions:
     damping: float = 0.01
     """GPTQ: share of the mean Hessian diagonal that is added to it; ten and a hundred times as much where it fails."""
 
+    smooth: float = 0.0
+    """SmoothQuant: how much of the activations' outliers to move into the weights, up to 1; 0: nothing. 0.5 is usual
+    where activations are rounded to 8 bits."""
+
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise UsageError(f"damping must be above 0 and at most 1, not {self.damping}")
+        if not 0 <= self.smooth <= 1:
+            raise UsageError(f"smooth must be from 0 to 1, not {self.smooth}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,19 @@ class QuantizeConfig:
     group_size: int = 128
     """Input features that share a scale; -1: one scale per output channel."""
     symmetric: bool = True
+    activation_bits: int = 16
+    """8: engines are to round the inputs of linear layers to int8, with one scale per token; 16: to leave them."""
+    head_bits: int | None = None
+    """Bits of the LM head, rounded to nearest. None: it stays as it is. Where embedding and head are one matrix, these
+    are the embedding's too."""
+    embedding_bits: int | None = None
+    """Bits of the embedding, likewise."""
+    bits_per_weight: float | None = None
+    """Widths layer by layer for this mean of bits, scales included (4 bits in groups of 128: 4.125) and embedding and
+    head left out; ``bits`` has no say then."""
+    rotate: bool = False
+    """Rotate the residual stream and the value heads by Hadamard matrices first, which spreads outliers over all
+    channels; it gives a tied LM head weights of its own."""
     kv_cache_dtype: KVCacheDtype = "auto"
     """Calibrate factors of key channels for a cache of so few bits, and fold them into the weights; auto: do not."""
     calibration: Path | None = None
@@ -60,8 +79,7 @@ class QuantizeConfig:
     seq_len: int = 512
     seed: int = 0
     ignore: tuple[str, ...] = ()
-    """Shell-style patterns of linear layers to keep as they are, like ``model.layers.0.*``. Embedding and head always
-    are."""
+    """Shell-style patterns of linear layers to keep as they are, like ``model.layers.0.*``."""
     resume: bool = True
     """Go on from the finished layers of an interrupted run with the same model, calibration and settings."""
     device: str = "cpu"
@@ -70,13 +88,36 @@ class QuantizeConfig:
     def recipe(self) -> Recipe:
         return RECIPES[self.method]
 
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """Names of the transforms that each decoder layer goes through, in order."""
+        first = ("smooth",) if self.options.smooth else ()
+        return (*first, *self.recipe.transforms, *(() if self.kv_cache_dtype == "auto" else ("key_factors",)))
+
     def __post_init__(self) -> None:
         if self.method not in RECIPES:
             known = ", ".join(sorted(RECIPES))
             raise UsageError(f"unknown quantization method {self.method!r}", hint=f"use one of {known}")
+        if self.options.smooth and "awq" in self.recipe.transforms:
+            raise UsageError("--smooth and AWQ scale the same channels", hint="choose one of both")
         for name, low in (("num_samples", 1), ("eval_samples", 0), ("seq_len", 2)):
             if getattr(self, name) < low:
                 raise UsageError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if self.activation_bits not in (8, 16):
+            raise UsageError(f"activation_bits must be 8 or 16, not {self.activation_bits}")
+        if self.activation_bits == 8:
+            self._check_int8()
+
+    def _check_int8(self) -> None:
+        """What engines' int8 products cannot do."""
+        if not self.symmetric:
+            raise UsageError("8-bit activations go with symmetric weights", hint="leave --asymmetric out")
+        if self.bits_per_weight is not None:
+            raise UsageError("--bits-per-weight goes with 16-bit activations", hint="leave one of both out")
+        if self.bits == 8 and self.group_size != CHANNEL:
+            raise UsageError(
+                "weights and activations of 8 bits go with one scale per output channel", hint="add --group-size -1"
+            )
 
 
 @dataclass(frozen=True)
@@ -85,7 +126,8 @@ class LayerResult:
 
     ``error`` is the relative output MSE on the calibration inputs; with "rtn", which looks at no
     inputs, the relative weight MSE. ``damping`` is the share of the mean Hessian diagonal that was added to it.
-    ``fallback_reason`` says why round-to-nearest took the place of GPTQ.
+    ``fallback_reason`` says why round-to-nearest took the place of GPTQ. ``scaled`` tells for each transform that
+    scales input channels how strongly it did (AWQ's exponent, SmoothQuant's strength), or why it did not.
     """
 
     name: str
@@ -94,6 +136,8 @@ class LayerResult:
     damping: float | None = None
     seconds: float = 0.0
     fallback_reason: str | None = None
+    bits: int | None = None
+    scaled: dict[str, float | str] = field(default_factory=dict)
 
 
 Stage = Literal["layer", "resume", "evaluate", "note"]

@@ -57,7 +57,7 @@ def compare(before: Path, after: Path, ids: Tensor, device: str, kv_cache_dtype:
     """Score ``ids [S, T]`` with both checkpoints, of which ``after`` keeps keys and values in ``kv_cache_dtype``."""
     models = [StreamedModel(before, device), StreamedModel(after, device, kv_cache_dtype)]
     states = [hidden_states(model, ids)[:, :-1].flatten(0, 1) for model in models]
-    heads = [model.store.get(model.head_name).to(device) for model in models]
+    heads = [model.head() for model in models]
     targets = ids[:, 1:].flatten()
     losses: list[list[Tensor]] = [[], []]
     divergence = agreement = 0.0

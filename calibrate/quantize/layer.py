@@ -7,12 +7,15 @@ row-exact.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quantspec.models.config import ModelConfig
 from quantspec.models.rope import inverse_frequencies
+from quantspec.numerics.activations import round_activations
 from quantspec.numerics.kv import KVFormat
 
 STAGES: tuple[tuple[str, ...], ...] = (
@@ -32,16 +35,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 class DecoderLayer:
     """Layer ``index`` with fp32 ``weights`` under their names in the layer, like ``self_attn.q_proj.weight``, which
-    attends keys and values as a cache in ``kv_format`` would hold them (None: as they are)."""
+    attends keys and values as a cache in ``kv_format`` would hold them (None: as they are) and rounds the inputs of the
+    linear layers named in ``rounded`` to int8."""
 
     def __init__(
-        self, config: ModelConfig, index: int, weights: dict[str, Tensor], kv_format: KVFormat | None = None
-    ) -> None:
-        self.config, self.weights, self.kv_format = config, weights, kv_format
+        self, config: ModelConfig, index: int, weights: dict[str, Tensor], kv_format: KVFormat | None = None,
+        rounded: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self.config, self.weights, self.kv_format, self.rounded = config, weights, kv_format, rounded
         self.window = config.windows[index]
         self._inv_freq, self._rope_factor = inverse_frequencies(config.rope, config.head_dim)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
+        x = round_activations(x) if name in self.rounded else x
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
     def attention_input(self, hidden: Tensor) -> Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from quantspec.calibrate.quantize.checkpoint import STORED
 from quantspec.calibrate.quantize.config import LayerResult, QuantizeConfig
 from quantspec.calibrate.quantize.evaluate import batches
-from quantspec.calibrate.quantize.layer import STAGES, DecoderLayer
+from quantspec.calibrate.quantize.layer import PROJECTIONS, STAGES, DecoderLayer
 from quantspec.calibrate.quantize.methods.registry import METHODS
 from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.calibrate.quantize.plan import Plan
@@ -20,7 +22,6 @@ from quantspec.calibrate.quantize.transforms.registry import LAYER_TRANSFORMS
 from quantspec.errors import ModelError
 from quantspec.models.tensors import TensorStore
 from quantspec.numerics.affine import dequantize
-from quantspec.numerics.packing import pack_weight
 from quantspec.numerics.scheme import Scheme
 
 
@@ -37,8 +38,7 @@ class LayerPipeline:
     ) -> None:
         self.config, self.plan, self.on_result = config, plan, on_result
         self.method = METHODS[config.recipe.rounding]
-        last = () if config.kv_cache_dtype == "auto" else ("key_factors",)
-        self.transforms = [LAYER_TRANSFORMS[name] for name in (*config.recipe.transforms, *last)]
+        self.transforms = {name: LAYER_TRANSFORMS[name] for name in config.transforms}
         self.model_transform = model_transform
         self.tensor_bytes = 0
 
@@ -59,9 +59,10 @@ class LayerPipeline:
         """The tensors to store for decoder layer ``index`` (``store`` holds the original's) and how its linear layers
         came out. ``layer`` ends with the weights as stored, and ``hidden [S, T, H]`` (in place) past the layer.
         """
-        changed = self._transform(layer, index, hidden)
+        changed, scaled = self._transform(layer, index, hidden)
         tensors = self._kept(layer, index, store, changed)
         results: list[LayerResult] = []
+        store_weight = STORED[self.plan.format]
         inputs = stage_inputs(layer, hidden, self.config.device) if hidden is not None else [None] * len(STAGES)
         for stage, batches_in in zip(STAGES, inputs, strict=True):
             started = time.perf_counter()
@@ -74,10 +75,10 @@ class LayerPipeline:
                 weight = layer.weights[f"{short}.weight"]
                 solution = self.method.quantize_linear(name, weight, scheme, statistics, self.config.options)
                 layer.weights[f"{short}.weight"] = dequantize(solution.quantized)
-                packed = pack_weight(solution.quantized)
-                tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
+                stored = store_weight(solution.quantized)
+                tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}
                 seconds, started = time.perf_counter() - started, time.perf_counter()
-                results.append(solution.result(name, seconds))
+                results.append(replace(solution.result(name, seconds), scaled=scaled[short]))
                 self.on_result(results[-1])
         if hidden is not None:
             _pass_mlp(layer, hidden, self.config.device)
@@ -85,19 +86,26 @@ class LayerPipeline:
                 raise ModelError(f"layer {index} of {self.config.model} gives NaN or Inf on the calibration text")
         return tensors, results
 
-    def _transform(self, layer: DecoderLayer, index: int, hidden: Tensor | None) -> set[str]:
-        """Apply all transforms to ``layer`` and name the tensors that they changed."""
+    def _transform(
+        self, layer: DecoderLayer, index: int, hidden: Tensor | None
+    ) -> tuple[set[str], dict[str, dict[str, float | str]]]:
+        """Apply all transforms to ``layer``; the tensors that they changed, and ``LayerResult.scaled`` by linear
+        layer."""
         changed: set[str] = set()
+        scaled: dict[str, dict[str, float | str]] = {name: {} for name in PROJECTIONS}
         if self.model_transform is not None:
             changed |= set(self.model_transform.layer(layer))
 
         def scheme_of(short: str) -> Scheme | None:
             return self.plan.schemes.get(layer_prefix(index) + short)
 
-        for transform in self.transforms:
+        for name, transform in self.transforms.items():
             assert hidden is not None
-            changed |= set(transform(layer, hidden, scheme_of, self.config.options))
-        return changed
+            folded = transform(layer, hidden, scheme_of, self.config.options)
+            changed |= folded.changed
+            for linear, found in folded.sites.items():
+                scaled[linear][name] = found
+        return changed, scaled
 
     def _kept(self, layer: DecoderLayer, index: int, store: TensorStore, changed: set[str]) -> dict[str, Tensor]:
         """The tensors of the layer that stay unquantized, in their stored type; ``layer`` computes with what is

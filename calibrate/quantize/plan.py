@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from quantspec.calibrate.quantize.config import QuantizeConfig
 from quantspec.calibrate.quantize.layer import PROJECTIONS, STAGES
 from quantspec.calibrate.quantize.stream import StreamedModel, layer_prefix
 from quantspec.errors import ModelError, UsageError
+from quantspec.models.quantization import EMBEDDING_MODULE, HEAD_MODULE, Format, Quantization
 from quantspec.numerics.scheme import CHANNEL, Scheme
 
 
 @dataclass(frozen=True)
 class Plan:
     """``schemes`` says how each linear layer is quantized, by its full name; ``ignored`` names those kept as they are.
-    ``scheme`` is what all share."""
+    ``vocabulary`` says it of the embedding and the LM head, by the names of their modules."""
 
-    scheme: Scheme
     schemes: Mapping[str, Scheme]
     ignored: frozenset[str]
+    vocabulary: Mapping[str, Scheme] = field(default_factory=dict)
+    activation_bits: int = 16
+
+    @property
+    def scheme(self) -> Scheme:
+        """Of most layers."""
+        return Counter(self.schemes.values()).most_common(1)[0][0]
+
+    @property
+    def format(self) -> Format:
+        return "pack-quantized" if self.activation_bits == 16 else "int-quantized"
+
+    @property
+    def quantization(self) -> Quantization:
+        """As the finished checkpoint's config.json will say it; exceptions by name."""
+        named = [(name, scheme) for name, scheme in self.schemes.items() if scheme != self.scheme]
+        targets = (("Linear", self.scheme), *named, *self.vocabulary.items())
+        return Quantization(targets, self.format, self.activation_bits)
+
+    def with_bits(self, bits: Mapping[str, int]) -> Plan:
+        """With other widths of the layers named in ``bits``."""
+        return replace(self, schemes={name: replace(old, bits=bits[name]) for name, old in self.schemes.items()})
 
     @classmethod
     def of(cls, config: QuantizeConfig, model: StreamedModel) -> Plan:
@@ -51,4 +74,21 @@ class Plan:
                     f"{name} has {k} input features, not a multiple of the group size {scheme.group_size}",
                     hint="choose a --group-size that divides them, or -1 for one scale per channel",
                 )
-        return cls(scheme, {name: scheme for name in names if name not in ignored}, ignored)
+        vocabulary = vocabulary_schemes(config, model.config.tied, dtype)
+        return cls({name: scheme for name in names if name not in ignored}, ignored, vocabulary, config.activation_bits)
+
+
+def vocabulary_schemes(config: QuantizeConfig, tied: bool, dtype: str) -> dict[str, Scheme]:
+    """Of the embedding and the LM head, by the names of their modules; ``tied``: they are one matrix. Raises
+    ``UsageError``: bits that cannot be."""
+    asked = {EMBEDDING_MODULE: config.embedding_bits, HEAD_MODULE: config.head_bits}
+    if tied:
+        both = {bits for bits in asked.values() if bits is not None}
+        if len(both) > 1:
+            raise UsageError(
+                f"embedding and LM head of {config.model} are one matrix",
+                hint="give --head-bits and --embedding-bits the same value",
+            )
+        asked = {EMBEDDING_MODULE: next(iter(both), None)}
+    group = config.group_size
+    return {module: Scheme(bits, group, True, dtype) for module, bits in asked.items() if bits is not None}

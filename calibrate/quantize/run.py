@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,8 +18,8 @@ from quantspec.calibrate.quantize.evaluate import batches, compare
 from quantspec.calibrate.quantize.interrupt import deferred_interrupt
 from quantspec.calibrate.quantize.layer import DecoderLayer
 from quantspec.calibrate.quantize.pipeline import LayerPipeline
-from quantspec.calibrate.quantize.plan import Plan
-from quantspec.calibrate.quantize.stream import HEAD, StreamedModel, layer_prefix, layer_weights
+from quantspec.calibrate.quantize.plan import Plan, vocabulary_schemes
+from quantspec.calibrate.quantize.stream import EMBEDDING, HEAD, StreamedModel, layer_prefix, layer_weights
 from quantspec.calibrate.quantize.transforms.registry import model_transform
 from quantspec.calibrate.quantize.work import REPORT, WorkFolder, fingerprint, report_fingerprint
 from quantspec.errors import Interrupted, ModelError, ResourceError, UsageError
@@ -33,7 +34,7 @@ OnEvent = Callable[[Event], None]
 def run(config: QuantizeConfig, on_event: OnEvent | None = None) -> QuantizeReport:
     """Quantize ``config.model`` into ``config.out`` and say what came out; ``on_event`` hears of every linear layer.
 
-    The result is a compressed-tensors ``pack-quantized`` folder. A run that was cut goes on from its finished layers
+    The result is a folder in compressed-tensors' form. A run that was cut goes on from its finished layers
     and ends with the same bytes (given as many threads). Raises ``ModelError``, ``UsageError``, ``ResourceError``, or
     ``Interrupted`` after Ctrl-C.
     """
@@ -62,6 +63,7 @@ class _Run:
         self.transform = model_transform(config, self.source)
         self.pipeline = LayerPipeline(config, self.plan, self.transform, self._on_result)
         self.done = 0
+        self.told: set[str] = set()
 
     def run(self) -> QuantizeReport:
         config = self.config
@@ -116,7 +118,7 @@ class _Run:
 
     def _finished_layer(self, work: WorkFolder, index: int) -> DecoderLayer:
         store = TensorStore(work.path, [work.shard(index)])
-        weights = layer_weights(store, self.source.config, index, self.plan.scheme, self.config.device)
+        weights = layer_weights(store, self.source.config, index, self.plan.quantization, self.config.device)
         return DecoderLayer(self.source.config, index, weights)
 
     def _advance(self, layer: DecoderLayer, hidden: Tensor) -> None:
@@ -132,9 +134,13 @@ class _Run:
         self._say("layer", result=result)
         if result.fallback_reason:
             self._say("note", f"{result.name}: round-to-nearest, because {result.fallback_reason}")
+        for transform, found in result.scaled.items():
+            if isinstance(found, str) and found not in self.told:
+                self.told.add(found)
+                self._say("note", f"{transform} leaves the inputs of {result.name} and its like alone: {found}")
 
     def _write_rest(self, work: WorkFolder) -> None:
-        """Write all tensors outside the decoder layers as they are, and the small files."""
+        """Write all tensors outside the decoder layers, and the small files."""
         model = self.source
         prefixes = tuple(layer_prefix(index) for index in range(model.config.num_layers))
         names = [name for name in model.store if not name.startswith(prefixes)]
@@ -145,9 +151,14 @@ class _Run:
             tensors, raw = self.transform.rest(tensors), self.transform.config(raw)
         if self.config.kv_cache_dtype != "auto":
             raw |= {KV_CALIBRATED: True}
+        dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+        vocabulary = vocabulary_schemes(self.config, bool(raw.get("tie_word_embeddings", False)), dtype)
+        for module, scheme in vocabulary.items():
+            weight = tensors.pop(f"{module}.weight")
+            tensors |= checkpoint.vocabulary_tensors(module, weight, scheme, self.plan.format)
         atomic.save_tensors(work.shard(model.config.num_layers), tensors)
-        ignore = [HEAD.removesuffix(".weight"), *sorted(self.plan.ignored)]
-        checkpoint.write_small_files(self.config.model, work.path, raw, self.plan.scheme, ignore)
+        plan = replace(self.plan, vocabulary=vocabulary)
+        checkpoint.write_small_files(self.config.model, work.path, raw, plan)
 
     def _report(self, work: WorkFolder, held_out: Tensor | None) -> QuantizeReport:
         measured: dict[str, float | int] = {}

@@ -1,4 +1,4 @@
-"""A checkpoint folder read one decoder layer at a time, dense or pack-quantized."""
+"""A checkpoint folder read one decoder layer at a time, dense or quantized."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from quantspec.calibrate.quantize.layer import DecoderLayer, rms_norm
+from quantspec.calibrate.quantize.layer import PROJECTIONS, DecoderLayer, rms_norm
 from quantspec.errors import ModelError
 from quantspec.models.cache import kv_format
 from quantspec.models.config import ModelConfig
+from quantspec.models.quantization import EMBEDDING_MODULE, HEAD_MODULE, Quantization
 from quantspec.models.tensors import TensorStore
-from quantspec.numerics.affine import dequantize
+from quantspec.models.weights import quantized_parts, to_dense
+from quantspec.numerics.activations import round_activations
+from quantspec.numerics.affine import QuantizedWeight, dequantize
 from quantspec.numerics.packing import unpack_weight
-from quantspec.numerics.scheme import KVCacheDtype, Scheme
+from quantspec.numerics.scheme import KVCacheDtype
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -30,35 +33,64 @@ class StreamedModel:
         self.config = ModelConfig.load(folder)
         self.store = TensorStore(folder)
         self.device, self.kv_format = device, kv_format(self.config, kv_cache_dtype)
-        self.head_name = EMBEDDING if self.config.tied else HEAD
+        self._head_module = EMBEDDING_MODULE if self.config.tied else HEAD_MODULE
 
     def embed(self, ids: Tensor) -> Tensor:
         """``ids [S, T]`` to hidden states ``[S, T, H]`` in fp32 on the CPU."""
-        return self.store.get(EMBEDDING)[ids].float()
+        table = stored_weight(self.store, EMBEDDING_MODULE, self.config.quantization, "cpu")
+        if not isinstance(table, QuantizedWeight):
+            return table[ids].float()
+        zeros, flat = table.zero_point, ids.flatten()
+        rows = QuantizedWeight(
+            table.codes[flat], table.scale[flat], None if zeros is None else zeros[flat], table.scheme
+        )
+        return dequantize(rows).view(*ids.shape, -1)
+
+    def head(self) -> Tensor:
+        """The LM head ``[V, H]`` on the device, in its stored type (fp32 where it is quantized)."""
+        weight = stored_weight(self.store, self._head_module, self.config.quantization, self.device)
+        return dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
 
     def layer(self, index: int) -> DecoderLayer:
         """Layer ``index`` with its weights in fp32 on the device."""
-        scheme = self.config.quantization.scheme if self.config.quantization else None
-        weights = layer_weights(self.store, self.config, index, scheme, self.device)
-        return DecoderLayer(self.config, index, weights, self.kv_format)
+        quantization = self.config.quantization
+        weights = layer_weights(self.store, self.config, index, quantization, self.device)
+        prefix, rounded = layer_prefix(index), frozenset[str]()
+        if quantization is not None and quantization.activation_bits == 8:
+            rounded = frozenset(name for name in PROJECTIONS if quantized_parts(self.store, prefix + name))
+        return DecoderLayer(self.config, index, weights, self.kv_format, rounded)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        return rms_norm(hidden, self.store.get(FINAL_NORM).to(hidden), self.config.rms_norm_eps)
+        """What the LM head reads."""
+        states = rms_norm(hidden, self.store.get(FINAL_NORM).to(hidden), self.config.rms_norm_eps)
+        quantization = self.config.quantization
+        rounded = quantization is not None and quantization.activation_bits == 8
+        return round_activations(states) if rounded and quantized_parts(self.store, self._head_module) else states
+
+
+def stored_weight(
+    store: TensorStore, module: str, quantization: Quantization | None, device: str
+) -> Tensor | QuantizedWeight:
+    """The weight of one module, as it is stored."""
+    parts = quantized_parts(store, module)
+    if quantization is None or not parts:
+        return store.get(f"{module}.weight").to(device)
+    tensors = {part: store.get(f"{module}.{part}").to(device) for part in parts}
+    return unpack_weight(tensors, quantization.scheme_of(module))
 
 
 def layer_weights(
-    store: TensorStore, config: ModelConfig, index: int, scheme: Scheme | None, device: str
+    store: TensorStore, config: ModelConfig, index: int, quantization: Quantization | None, device: str
 ) -> dict[str, Tensor]:
-    """A layer's tensors in fp32 under their names in the layer; packed weights are dequantized by ``scheme``. Raises
+    """A layer's tensors in fp32 under their names in the layer; quantized weights are dequantized. Raises
     ``ModelError`` naming a tensor that is missing or has another shape than ``config`` says."""
     prefix, weights = layer_prefix(index), {}
     for name, shape in _shapes(config).items():
-        stem = prefix + name.removesuffix("weight")
-        if scheme is not None and f"{stem}weight_packed" in store:
-            packed = {key.removeprefix(stem): store.get(key).to(device) for key in store if key.startswith(stem)}
-            weight = dequantize(unpack_weight(packed, scheme))
+        if name.endswith("weight"):
+            stored = stored_weight(store, prefix + name.removesuffix(".weight"), quantization, device)
         else:
-            weight = store.get(prefix + name).to(device).float()
+            stored = store.get(prefix + name).to(device)
+        weight = to_dense(stored)
         if weight.shape != shape:
             raise ModelError(f"{prefix}{name} is {list(weight.shape)} where config.json says {list(shape)}")
         weights[name] = weight

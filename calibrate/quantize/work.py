@@ -25,12 +25,17 @@ _SETTINGS = (
     "bits",
     "group_size",
     "symmetric",
+    "activation_bits",
+    "head_bits",
+    "embedding_bits",
+    "bits_per_weight",
     "ignore",
     "num_samples",
     "seq_len",
     "seed",
     "device",
     "kv_cache_dtype",
+    "rotate",
 )
 
 

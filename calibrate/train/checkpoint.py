@@ -12,10 +12,12 @@ from quantspec.calibrate.train.config import Shape
 from quantspec.calibrate.train.net import LlamaNet
 from quantspec.errors import ModelError
 from quantspec.models.atomic import copy_file, make_folder, save_tensors, write_json
+from quantspec.models.quantization import read_quantization
 from quantspec.models.tensors import TensorStore
+from quantspec.models.weights import quantized_parts
 from quantspec.numerics.affine import dequantize, quantize
 from quantspec.numerics.packing import unpack_weight
-from quantspec.numerics.scheme import CHANNEL, Scheme
+from quantspec.numerics.scheme import Scheme
 
 
 def llama_config(shape: Shape, vocab: int) -> dict[str, object]:
@@ -74,9 +76,9 @@ def save_net(net: LlamaNet, out: Path, tokenizer_from: Path) -> None:
 
 
 def load_net(folder: Path, device: str = "cpu") -> LlamaNet:
-    """An fp32 training net, its weights frozen, from a dense or a pack-quantized folder of this architecture.
+    """An fp32 training net, its weights frozen, from a dense or a quantized folder of this architecture.
 
-    Packed weights are dequantized; what they stand for is exact in fp32.
+    Quantized weights are dequantized; what they stand for is exact in fp32.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -86,28 +88,17 @@ def load_net(folder: Path, device: str = "cpu") -> LlamaNet:
         raise ModelError(f"{folder}: drafters are trained for Llama models with tied embeddings only")
     store = TensorStore(folder)
     net = LlamaNet(shape_of(config), int(config["vocab_size"]))
-    weights = {}
+    quantization, weights = read_quantization(config, str(folder)), {}
     for name in net.state_dict():
-        packed = f"{name}_packed"
-        if packed in store:
-            parts = {key: store.get(f"{name.removesuffix('weight')}{key}") for key in _packed_keys(store, name)}
-            weights[name] = dequantize(unpack_weight(parts, packed_scheme(config)))
+        module = name.removesuffix(".weight")
+        parts = quantized_parts(store, module) if quantization else []
+        if quantization and parts:
+            tensors = {part: store.get(f"{module}.{part}") for part in parts}
+            weights[name] = dequantize(unpack_weight(tensors, quantization.scheme_of(module)))
         else:
             weights[name] = store.get(name).float()
     net.load_state_dict(weights)
     return net.requires_grad_(False).to(device)
-
-
-def _packed_keys(store: TensorStore, name: str) -> list[str]:
-    keys = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-    return [key for key in keys if f"{name.removesuffix('weight')}{key}" in store]
-
-
-def packed_scheme(config: dict[str, Any]) -> Scheme:
-    """The one weight scheme that the config of a pack-quantized checkpoint names."""
-    (group,) = config["quantization_config"]["config_groups"].values()
-    weights = group["weights"]
-    return Scheme(int(weights["num_bits"]), int(weights.get("group_size") or CHANNEL), bool(weights["symmetric"]))
 
 
 def fake_quantize(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:

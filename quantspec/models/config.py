@@ -7,12 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantspec.errors import ModelError, UsageError
-from quantspec.numerics.scheme import CHANNEL, Scheme
-
-
-class UnsupportedModel(ModelError):
-    """A sound checkpoint that asks for something the native decoder does not have; ``HFModel`` may still run it."""
+from quantspec.errors import ModelError
+from quantspec.models.quantization import Quantization, UnsupportedModel, read_quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +18,6 @@ class Rope:
     theta: float
     kind: str = "default"
     params: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """A compressed-tensors ``pack-quantized`` checkpoint: one scheme for all packed layers.
-
-    Which layers are packed is read from the tensors themselves (``*.weight_packed``), not from the ``ignore`` patterns.
-    """
-
-    scheme: Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +87,7 @@ class ModelConfig:
             qk_norm=architecture == "qwen3",
             bos_id=raw.get("bos_token_id"),
             eos_ids=_ids(raw.get("eos_token_id")),
-            quantization=_quantization(raw, source),
+            quantization=read_quantization(raw, source),
             kv_calibrated=raw.get(KV_CALIBRATED) is True,
         )
         if config.num_heads % config.num_kv_heads or config.head_dim % 2:
@@ -189,30 +175,3 @@ def _windows(raw: dict[str, Any], layers: int, qwen: bool, source: str) -> tuple
     # transformers gives a Mistral config without the key the 4096 of Mistral 7B v0.1, and Llama no window at all.
     window = raw.get("sliding_window", 4096) if raw["model_type"] == "mistral" else None
     return (window,) * layers
-
-
-def _quantization(raw: dict[str, Any], source: str) -> Quantization | None:
-    quantization = raw.get("quantization_config")
-    if quantization is None:
-        return None
-    if not isinstance(quantization, dict):
-        raise ModelError(f"{source}: quantization_config is not a JSON object", hint="download the model again")
-    method, form = quantization.get("quant_method"), quantization.get("format")
-    if method != "compressed-tensors" or form != "pack-quantized":
-        raise UnsupportedModel(
-            f"{source}: quantization {method!r} in format {form!r} cannot be read",
-            hint="readable is compressed-tensors in format pack-quantized",
-        )
-    groups = list(quantization.get("config_groups", {}).values())
-    if len(groups) != 1 or not isinstance(groups[0].get("weights"), dict):
-        raise UnsupportedModel(f"{source}: quantization_config must have exactly one group of weights")
-    weights = groups[0]["weights"]
-    if groups[0].get("input_activations") is not None or weights.get("type", "int") != "int":
-        raise UnsupportedModel(f"{source}: only weight-only integer quantization is native")
-    if weights.get("actorder") == "group":
-        raise UnsupportedModel(f"{source}: quantization with activation order indices (actorder: group) is not native")
-    group_size = weights.get("group_size") if weights.get("strategy", "group") == "group" else CHANNEL
-    try:
-        return Quantization(Scheme(weights["num_bits"], group_size or CHANNEL, weights.get("symmetric", True)))
-    except (KeyError, TypeError, UsageError) as error:
-        raise ModelError(f"{source}: quantization_config is not valid ({error})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,8 +20,9 @@ from quantspec.kernels.torch_int4 import TorchInt4Linear
 from quantspec.models.atomic import verify_manifest
 from quantspec.models.base import CausalModel
 from quantspec.models.cache import KV_HINT, check_kv_cache, kv_format
-from quantspec.models.config import ModelConfig, UnsupportedModel, read_config
+from quantspec.models.config import ModelConfig, read_config
 from quantspec.models.decoder import Decoder, Layer, Matmul
+from quantspec.models.quantization import EMBEDDING_MODULE, HEAD_MODULE, UnsupportedModel
 from quantspec.models.resolve import resolve
 from quantspec.models.weights import Fused, LayerNames, Weights, join, to_dense
 from quantspec.numerics.affine import QuantizedWeight
@@ -78,14 +80,18 @@ def load_model(
         foreign = HFModel.load(folder, device=device)
         foreign.notes = (*lowered, *foreign.notes)
         return foreign
-    scheme = config.quantization.scheme if config.quantization else None
-    bits, group_size = (scheme.bits, scheme.group_size) if scheme else (16, -1)
+    stored = config.quantization
+    (bits, group_size), *more = [(each.bits, each.group_size) for each in stored.schemes] if stored else [(16, -1)]
+    as_stored: Activations | None = "int8" if stored and stored.activation_bits == 8 else None
     if activations == "fp32" and kind == "cuda":
         dtype = dtype or "float32"  # there activations are rounded to what they are kept in, and to nothing else
     request = dispatch.Request(
-        kind, dtype, bits, group_size, row_invariant=exact, activations=activations, head_bits=head_bits,
-        kv_cache_dtype=kv_cache_dtype,
+        kind, dtype, bits, group_size, row_invariant=exact, activations=activations or as_stored,
+        head_bits=head_bits, kv_cache_dtype=kv_cache_dtype, more=tuple(more),
     )  # fmt: skip
+    if as_stored and not (activations or backend or dispatch.serves(request)):
+        request = replace(request, activations=None)
+        lowered += (f"{folder} is meant for int8 activations, which no kernel here has: they stay as they are",)
     lowered += check_kv_cache(config, kv_cache_dtype, folder)
     with torch.no_grad():
         model = _load_fastest(folder, config, torch.device(device), request, backend)
@@ -194,7 +200,7 @@ def load_decoder(
         parts = [weights.linear(name, (size, fused.in_features)) for name, size in fused.parts]
         bias = weights.bias(fused)
         packed = [part for part in parts if isinstance(part, QuantizedWeight)]
-        if pack is not None and len(packed) == len(parts):
+        if pack is not None and len(packed) == len(parts) and len({part.scheme for part in packed}) == 1:
             return pack(join(packed), bias)
         dense = torch.cat([to_dense(part) for part in parts])
         return Linear(dense.to(device), None if bias is None else bias.to(device))
@@ -203,7 +209,7 @@ def load_decoder(
         q, k = weights.qk_norm(i)
         return torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1))).to(device)
 
-    embedding = dense("model.embed_tokens.weight", config.vocab_size, hidden)
+    embedding = to_dense(weights.linear(EMBEDDING_MODULE, (config.vocab_size, hidden))).to(device)
     layers = []
     for i in range(config.num_layers):
         names = LayerNames.of(config, i)
@@ -219,7 +225,7 @@ def load_decoder(
             )
         )
     norm = dense("model.norm.weight", hidden)
-    head = Linear(embedding) if config.tied else linear(Fused((("lm_head", config.vocab_size),), hidden, bias=False))
+    head = Linear(embedding) if config.tied else linear(Fused(((HEAD_MODULE, config.vocab_size),), hidden, bias=False))
     weights.refuse_leftovers()
     return Decoder(
         config, embedding, layers, norm, head, weight_bytes=weights.bytes, exact=exact, kv_format=kv_format

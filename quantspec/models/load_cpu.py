@@ -14,19 +14,21 @@ from quantspec.kernels.cpu.packed import Arena, PackedLinear
 from quantspec.kernels.dispatch import Activations
 from quantspec.models.config import ModelConfig
 from quantspec.models.cpu_decoder import CpuDecoder
+from quantspec.models.quantization import EMBEDDING_MODULE, HEAD_MODULE
 from quantspec.models.weights import Fused, LayerNames, Weights, fuse, join
 from quantspec.numerics.affine import QuantizedWeight, quantize
 from quantspec.numerics.kv import KVFormat
 from quantspec.numerics.scheme import Scheme
 
 HEAD_SCHEME = Scheme(bits=8, group_size=128, symmetric=True, dtype="float32")
-"""What a quantized model's LM head and embedding are rounded to where activations are int8."""
+"""What a quantized model's LM head and embedding, stored unquantized, are rounded to where activations are int8."""
 _CHUNK = 4096  # rows of a head that are rounded at a time, in fp32
 
 
 def refusal(config: ModelConfig) -> str | None:
     """Why this checkpoint cannot be packed, as far as its config.json tells; None if it can."""
-    return packed.refusal(config.quantization.scheme) if config.quantization else None
+    schemes = config.quantization.schemes if config.quantization else ()
+    return next(filter(None, map(packed.refusal, schemes)), None)
 
 
 @torch.no_grad()
@@ -44,10 +46,10 @@ def load_cpu_decoder(
         raise ModelError(f"{folder}: the CPU kernels cannot hold this model, it {why}")
     packer = _Packer(folder, config, integer=activations == "int8")
     weights, hidden = packer.weights, config.hidden_size
-    embedding = packer.vocabulary(weights.stored("model.embed_tokens.weight", (config.vocab_size, hidden)))
+    embedding = packer.vocabulary(weights.linear(EMBEDDING_MODULE, (config.vocab_size, hidden)))
     layers = [packer.layer(i) for i in range(config.num_layers)]
     norm = weights.dense("model.norm.weight", (hidden,))
-    head = embedding if config.tied else packer.vocabulary(weights.linear("lm_head", (config.vocab_size, hidden)))
+    head = embedding if config.tied else packer.vocabulary(weights.linear(HEAD_MODULE, (config.vocab_size, hidden)))
     weights.refuse_leftovers()
     return CpuDecoder(
         config, embedding, layers, norm, head, weight_bytes=weights.bytes, integer=activations == "int8",

@@ -14,9 +14,10 @@ from quantspec.kernels.triton.dense import TritonDense
 from quantspec.kernels.triton.linear import TritonLinear
 from quantspec.models.config import ModelConfig
 from quantspec.models.prove import check_product, prove
+from quantspec.models.quantization import EMBEDDING_MODULE, HEAD_MODULE
 from quantspec.models.triton_decoder import Matmul, TritonDecoder, TritonLayer
 from quantspec.models.weights import HEAD_SCHEMES, Fused, LayerNames, Weights, fuse, round_head
-from quantspec.numerics.affine import QuantizedWeight
+from quantspec.numerics.affine import QuantizedWeight, dequantize
 
 if TYPE_CHECKING:
     from quantspec.kernels.cuda.linear import Workspace
@@ -43,14 +44,14 @@ def load_triton_decoder(
         raise UsageError(f"no Triton kernels for activations of {dtype} and an LM head of {head_bits} bits")
     loader = _Loader(folder, config, device, dtype, kernels, check)
     weights, sizes = loader.weights, (config.vocab_size, config.hidden_size)
-    stored = weights.stored("model.embed_tokens.weight", sizes)
-    embedding = stored.to(device, dtype).contiguous()
+    stored = weights.linear(EMBEDDING_MODULE, sizes)
+    embedding = (stored if isinstance(stored, Tensor) else dequantize(stored)).to(device, dtype).contiguous()
     layers = [loader.layer(i) for i in range(config.num_layers)]
     norm = loader.norm("model.norm.weight")
-    head_weight = stored if config.tied else weights.linear("lm_head", sizes)
+    head_weight = stored if config.tied else weights.linear(HEAD_MODULE, sizes)
     if isinstance(head_weight, Tensor) and head_bits in HEAD_SCHEMES:
         head_weight = round_head(head_weight, head_bits)
-    head = loader.head(embedding if head_weight is stored else head_weight)
+    head = loader.head(embedding if head_weight is stored and isinstance(stored, Tensor) else head_weight)
     weights.refuse_leftovers()
     model = TritonDecoder(config, embedding, layers, norm, head, weight_bytes=weights.bytes)
     model.backend, model.notes = kernels, loader.notes()

@@ -20,7 +20,7 @@ _MISMATCH = "config.json and the weights belong to different models"
 HEAD_SCHEMES = {bits: Scheme(bits, group_size=128, symmetric=True, dtype="bfloat16") for bits in (4, 8)}
 """What a GPU's backends round an LM head to, by its bits. Scales have fp32's range: rows of rare tokens are small."""
 _CHUNK = 4096  # rows of a head that are rounded at a time, in fp32
-_PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +86,15 @@ class Weights:
         return tensor
 
     def linear(self, name: str, shape: tuple[int, int]) -> Tensor | QuantizedWeight:
-        """The weight of one linear layer, as it is stored."""
-        quantization = self._config.quantization
-        if quantization is None or f"{name}.weight_packed" not in self._store:
+        """The weight of one linear layer, or of the embedding, as it is stored."""
+        quantization, parts = self._config.quantization, quantized_parts(self._store, name)
+        if quantization is None or not parts:
             return self.stored(f"{name}.weight", shape)
-        suffixes = [suffix for suffix in _PACKED if f"{name}.{suffix}" in self._store]
-        quantized = unpack_weight({suffix: self._take(f"{name}.{suffix}") for suffix in suffixes}, quantization.scheme)
+        tensors = {suffix: self._take(f"{name}.{suffix}") for suffix in parts}
+        try:
+            quantized = unpack_weight(tensors, quantization.scheme_of(name))
+        except ModelError as error:
+            raise ModelError(f"{self.folder}: {name}: {error}", hint=_MISMATCH) from error
         self._check(name, tuple(quantized.codes.shape), shape)
         if not torch.isfinite(quantized.scale).all():
             raise ModelError(f"{self.folder}: {name}.weight_scale is not finite", hint="quantize the model again")
@@ -127,6 +130,13 @@ class Weights:
             raise ModelError(f"{self.folder} has {unused}", hint=_MISMATCH)
 
 
+def quantized_parts(store: TensorStore, module: str) -> list[str]:
+    """The suffixes of the tensors that a module's quantized weight consists of; none where it is dense."""
+    if f"{module}.weight_scale" not in store:
+        return []
+    return [suffix for suffix in _PARTS if f"{module}.{suffix}" in store]
+
+
 def to_dense(weight: Tensor | QuantizedWeight) -> Tensor:
     """``[N, K]`` in fp32."""
     return weight.float() if isinstance(weight, Tensor) else dequantize(weight)
@@ -134,6 +144,7 @@ def to_dense(weight: Tensor | QuantizedWeight) -> Tensor:
 
 def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Quantized weights of one scheme and input, one below the other."""
+    assert len({weight.scheme for weight in weights}) == 1
     zero_points = [weight.zero_point for weight in weights if weight.zero_point is not None]
     return QuantizedWeight(
         torch.cat([weight.codes for weight in weights]),
@@ -151,7 +162,7 @@ def round_head(weight: Tensor, bits: int) -> QuantizedWeight:
 def fuse(parts: list[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight:
     """Layers of one input, one below the other; where they are stored in different ways, in fp32."""
     quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
-    if len(quantized) == len(parts):
+    if len(quantized) == len(parts) and len({part.scheme for part in quantized}) == 1:
         return join(quantized)
     dense = [part for part in parts if isinstance(part, Tensor)]
     same = len(dense) == len(parts) and len({part.dtype for part in dense}) == 1

@@ -1,4 +1,5 @@
-"""compressed-tensors ``pack-quantized``: codes as dense little-endian bit strings in int32 words.
+"""compressed-tensors ``pack-quantized``, codes as dense little-endian bit strings in int32 words, and
+``int-quantized``, one code a byte.
 
 A row of K codes of ``bits`` bits takes ``ceil(K * bits / 32)`` words. Code i, stored as ``q + 2**(bits - 1)``, takes
 bits ``i * bits .. (i + 1) * bits - 1`` counted from the lowest bit of word 0, so 3, 5, 6 and 7-bit codes cross word
@@ -65,7 +66,8 @@ def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
 
 
 def pack_weight(quantized: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors that stand for one linear layer's ``weight``, by their suffix. Zero points are packed along dim 0."""
+    """The tensors that stand for one linear layer's ``weight`` in ``pack-quantized`` form, by their suffix. Zero points
+    are packed along dim 0."""
     bits = quantized.scheme.bits
     tensors = {
         "weight_packed": pack_codes(quantized.codes, bits),
@@ -77,8 +79,19 @@ def pack_weight(quantized: QuantizedWeight) -> dict[str, Tensor]:
     return tensors
 
 
+def byte_weight(quantized: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of a symmetric weight in ``int-quantized`` form: ``weight`` int8, whatever its bits."""
+    assert quantized.zero_point is None, "engines take none in this format"
+    return {"weight": quantized.codes.contiguous(), "weight_scale": quantized.scale.contiguous()}
+
+
 def unpack_weight(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-    """Inverse of ``pack_weight``. Raises ``ModelError`` when the shapes contradict each other or the scheme."""
+    """Inverse of ``pack_weight`` and ``byte_weight``. Raises ``ModelError`` when the shapes contradict each other or
+    the scheme, or a code is outside the scheme's range."""
+    if "weight_packed" not in tensors:
+        return _from_bytes(tensors, scheme)
+    if "weight_shape" not in tensors:
+        raise ModelError("packed weight without weight_shape")
     n, k = (int(size) for size in tensors["weight_shape"])
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
     if packed.shape[0] != n or scale.shape != (n, scheme.num_groups(k)):
@@ -94,3 +107,17 @@ def unpack_weight(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWei
         if zero_point.shape != scale.shape:
             raise ModelError(f"zero points {list(zero_point.shape)} do not go with scales {list(scale.shape)}")
     return QuantizedWeight(unpack_codes(packed, scheme.bits, k), scale, zero_point, scheme)
+
+
+def _from_bytes(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    codes, scale = tensors["weight"], tensors["weight_scale"]
+    if codes.dtype != torch.int8 or codes.dim() != 2 or not scheme.symmetric or "weight_zero_point" in tensors:
+        raise ModelError(f"a weight {list(codes.shape)} of {codes.dtype} does not hold symmetric codes of one byte")
+    if scale.shape != (codes.shape[0], scheme.num_groups(codes.shape[1])):
+        raise ModelError(
+            f"scales {list(scale.shape)} do not go with codes {list(codes.shape)} in groups of "
+            f"{scheme.group(codes.shape[1])}"
+        )
+    if codes.numel() and not scheme.q_min <= int(codes.min()) <= int(codes.max()) <= scheme.q_max:
+        raise ModelError(f"codes from {int(codes.min())} to {int(codes.max())} are not of {scheme.bits} bits")
+    return QuantizedWeight(codes, scale, None, scheme)

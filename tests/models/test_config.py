@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from quantspec.errors import ModelError
-from quantspec.models.config import ModelConfig, UnsupportedModel
+from quantspec.models.config import ModelConfig
+from quantspec.models.quantization import UnsupportedModel
 from quantspec.models.rope import RopeTable, inverse_frequencies
 
 LLAMA: dict[str, Any] = {

@@ -26,7 +26,8 @@ class Solution:
     fallback_reason: str | None = None
 
     def result(self, name: str, seconds: float) -> LayerResult:
-        return LayerResult(name, self.method, self.error, self.damping, round(seconds, 3), self.fallback_reason)
+        bits = self.quantized.scheme.bits
+        return LayerResult(name, self.method, self.error, self.damping, round(seconds, 3), self.fallback_reason, bits)
 
 
 QuantizeLinear = Callable[[str, Tensor, Scheme, Statistics, MethodOptions], Solution]
