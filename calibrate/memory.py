@@ -1,0 +1,45 @@
+"""How much memory this process may still take, as the system limits it."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def available_bytes() -> int | None:
+    """The least of what the machine has free, what the process's control group allows it, and its own limits (ulimit);
+    None where the system tells nothing."""
+    return min(_limits(), default=None)
+
+
+def _limits() -> Iterator[int]:
+    held = _status("VmSize")
+    for which in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        soft, _ = resource.getrlimit(which)
+        if soft != resource.RLIM_INFINITY:
+            yield max(0, soft - held)
+    free = _lines(Path("/proc/meminfo")).get("MemAvailable")
+    if free:
+        yield _kilobytes(free)
+    group = Path("/sys/fs/cgroup")
+    try:
+        yield max(0, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such group, or one without a limit ("max")
+        return
+
+
+def _status(key: str) -> int:
+    return _kilobytes(_lines(Path("/proc/self/status")).get(key, "0 kB"))
+
+
+def _lines(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    return {key: value for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _kilobytes(text: str) -> int:
+    return int(text.split()[0]) * 1024
