@@ -13,6 +13,7 @@ from quantspec.calibrate.quantize import run as run_module
 from quantspec.calibrate.quantize.config import RECIPES, Event, MethodOptions, QuantizeConfig, Recipe
 from quantspec.calibrate.quantize.layer import DecoderLayer
 from quantspec.calibrate.quantize.run import run
+from quantspec.calibrate.quantize.transforms.base import Folded
 from quantspec.calibrate.quantize.transforms.registry import LAYER_TRANSFORMS
 from quantspec.errors import Interrupted
 from quantspec.models.tensors import TensorStore
@@ -25,14 +26,14 @@ READERS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 
 def halve(
     layer: DecoderLayer, hidden: Tensor, schemes: Callable[[str], Scheme | None], options: MethodOptions
-) -> Collection[str]:
+) -> Folded:
     """Halve a norm and double what reads it, both exact in any type."""
     assert schemes("mlp.up_proj") == Scheme(4, 32)
     assert torch.isfinite(hidden).all()
     layer.weights[NORM] = layer.weights[NORM] / 2
     for name in READERS:
         layer.weights[name] = layer.weights[name] * 2
-    return {NORM, *READERS}
+    return Folded({NORM, *READERS})
 
 
 class Permutation:

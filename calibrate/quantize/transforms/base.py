@@ -7,6 +7,7 @@ into the norm or linear layer before. A model transform acts on all tensors, and
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -16,11 +17,24 @@ from quantspec.calibrate.quantize.layer import DecoderLayer
 from quantspec.numerics.scheme import Scheme
 
 
+@dataclass
+class Folded:
+    """What a layer transform did: the tensors it ``changed`` and, by linear layer (of this layer, like
+    ``mlp.up_proj``), how strongly it scaled the inputs, or why it did not."""
+
+    changed: set[str] = field(default_factory=set)
+    sites: dict[str, float | str] = field(default_factory=dict)
+
+    def add(self, readers: Collection[str], changed: Collection[str], found: float | str) -> None:
+        self.changed.update(changed)
+        self.sites |= dict.fromkeys(readers, found)
+
+
 class LayerTransform(Protocol):
     def __call__(
         self, layer: DecoderLayer, hidden: Tensor, schemes: Callable[[str], Scheme | None], options: MethodOptions
-    ) -> Collection[str]:
-        """Change ``layer.weights`` in place and name the tensors that changed.
+    ) -> Folded:
+        """Change ``layer.weights`` in place and say what was done.
 
         ``hidden [S, T, H]`` (CPU, not to be changed) passed the quantized layers before. ``schemes(name)`` is how the
         linear layer ``name`` (of this layer, like ``mlp.up_proj``) will be quantized, or None if it will not be.

@@ -7,7 +7,7 @@ folds into weights: those of q and k and their biases, or, where queries and key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from quantspec.calibrate.quantize.config import MethodOptions
 from quantspec.calibrate.quantize.evaluate import batches
 from quantspec.calibrate.quantize.layer import DecoderLayer, rms_norm
+from quantspec.calibrate.quantize.transforms.base import Folded
 from quantspec.errors import ModelError
 from quantspec.numerics.scheme import Scheme
 
@@ -24,7 +25,7 @@ _LEAST = 2.0**-10
 
 def fold_key_factors(
     layer: DecoderLayer, hidden: Tensor, schemes: Callable[[str], Scheme | None], options: MethodOptions
-) -> Collection[str]:
+) -> Folded:
     """See ``LayerTransform``."""
     config, weights = layer.config, layer.weights
     largest = _largest_pairs(layer, hidden)
@@ -32,7 +33,7 @@ def fold_key_factors(
         factors = key_factors(largest.amax(0)).repeat(2)
         weights["self_attn.q_norm.weight"] *= factors
         weights["self_attn.k_norm.weight"] /= factors
-        return "self_attn.q_norm.weight", "self_attn.k_norm.weight"
+        return Folded({"self_attn.q_norm.weight", "self_attn.k_norm.weight"})
     factors = key_factors(largest).repeat(1, 2)
     kinds = ("weight", "bias") if config.qkv_bias else ("weight",)
     queries = factors.repeat_interleave(config.num_heads // config.num_kv_heads, 0)
@@ -40,7 +41,7 @@ def fold_key_factors(
         q, k = weights[f"self_attn.q_proj.{kind}"], weights[f"self_attn.k_proj.{kind}"]
         q *= queries.flatten().view(-1, *(1,) * (q.dim() - 1))
         k /= factors.flatten().view(-1, *(1,) * (k.dim() - 1))
-    return tuple(f"self_attn.{name}_proj.{kind}" for name in "qk" for kind in kinds)
+    return Folded({f"self_attn.{name}_proj.{kind}" for name in "qk" for kind in kinds})
 
 
 def key_factors(largest: Tensor) -> Tensor:
