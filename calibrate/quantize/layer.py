@@ -83,7 +83,8 @@ class DecoderLayer:
 
     def gated(self, x: Tensor) -> Tensor:
         """What the down projection reads, ``[B, T, intermediate]``, from ``mlp_input``."""
-        return F.silu(self.linear("mlp.gate_proj", x)) * self.linear("mlp.up_proj", x)
+        # In place: for wide layers these are the largest temporaries of a forward.
+        return F.silu(self.linear("mlp.gate_proj", x), inplace=True).mul_(self.linear("mlp.up_proj", x))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The layer's output ``[B, T, H]``."""

@@ -17,7 +17,7 @@ def relative_output_mse(approximate: Tensor, exact: Tensor, hessian: Tensor) -> 
     """``|X (A - W)^T|^2 / |X W^T|^2`` of a linear layer ``[N, K]`` from ``hessian [K, K]`` = X^T X up to a factor."""
 
     def power(weight: Tensor) -> float:
-        return float(((weight @ hessian) * weight).sum(dtype=torch.float64))
+        return float((weight @ hessian).mul_(weight).sum(dtype=torch.float64))
 
     total = power(exact)
     error = max(power(approximate - exact), 0.0)  # rounding can push a tiny quadratic form below zero

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantspec.calibrate.quantize.config import MethodOptions
-from quantspec.calibrate.quantize.methods.base import Solution, check_finite
+from quantspec.calibrate.quantize.methods.base import Solution, all_finite, check_finite
 from quantspec.calibrate.quantize.methods.scales import refit_scale, search_scale
 from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.numerics.affine import QuantizedWeight, dequantize, quantize
@@ -34,7 +34,7 @@ def quantize_linear(
     check_finite(name, weight)
     hessian = statistics.hessian.matrix
     rtn = quantize(weight, scheme)
-    if not torch.isfinite(hessian).all():
+    if not all_finite(hessian):
         reason = "the calibration inputs overflow"
         return Solution(rtn, "rtn", relative_mse(dequantize(rtn), weight), fallback_reason=reason)
     rtn_error = relative_output_mse(dequantize(rtn), weight, hessian)
@@ -73,19 +73,18 @@ def factorize(hessian: Tensor, damping: float, act_order: bool = True) -> Factor
     columns = torch.arange(len(hessian), device=hessian.device)
     first = torch.argsort(diagonal, descending=True, stable=True) if act_order else columns
     order = first.flip(0)
-    # One name for every step, so that three [K, K] matrices stand at a time and not four.
-    matrix = hessian[order][:, order]
+    matrix = hessian[order[:, None], order]  # gathered at once: one more [K, K] matrix stands, and not two
     diagonal = matrix.diagonal()
     mean = diagonal.mean()
     # An input that never fires has no curvature: any value does, and plain rounding is what it gets.
     diagonal[diagonal == 0] = mean if mean > 0 else 1.0
     diagonal += damping * mean
     # The factor comes in LAPACK's order, column by column: the upper one's columns are the lower one's rows.
-    matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
-    matrix = matrix.T
-    if failed or not torch.isfinite(matrix).all():
-        return None
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix.T, upper=True, out=(matrix.T, failed))  # symmetric, so in place
     root = matrix.diagonal().clone()
+    if failed or not all_finite(matrix):
+        return None
     curvature = torch.empty_like(root)
     curvature[order] = root.square()
     return Factor(matrix.div_(root), order, curvature)

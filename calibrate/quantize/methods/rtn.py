@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantspec.calibrate.quantize.config import MethodOptions
-from quantspec.calibrate.quantize.methods.base import Solution, check_finite
+from quantspec.calibrate.quantize.methods.base import Solution, all_finite, check_finite
 from quantspec.calibrate.quantize.methods.scales import search_scale_on_outputs
 from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.numerics.affine import QuantizedWeight, dequantize, min_max_scale, quantize, quantize_codes
@@ -33,7 +33,7 @@ def quantize_linear_mse(
     check_finite(name, weight)
     hessian = statistics.hessian.matrix
     reason = None
-    if torch.isfinite(hessian).all():
+    if all_finite(hessian):
         scale, zero_point = search_scale_on_outputs(weight, hessian, scheme)
     else:
         reason = "the calibration inputs overflow"
