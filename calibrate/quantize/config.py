@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from quantspec.calibrate.evaluate.config import PositionBin
 from quantspec.errors import UsageError
-from quantspec.numerics.scheme import CHANNEL, KVCacheDtype
+from quantspec.numerics.scheme import CHANNEL, KVCacheDtype, Scheme
 
 MethodName = Literal["gptq", "rtn", "mse", "awq"]
 
@@ -20,7 +21,12 @@ class Recipe:
     transforms: tuple[str, ...] = ()
 
 
-RECIPES: dict[str, Recipe] = {"gptq": Recipe("gptq"), "rtn": Recipe("rtn"), "mse": Recipe("mse"), "awq": Recipe("mse", ("awq",))}
+RECIPES: dict[str, Recipe] = {
+    "gptq": Recipe("gptq"),
+    "rtn": Recipe("rtn"),
+    "mse": Recipe("mse"),
+    "awq": Recipe("mse", ("awq",)),
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,10 @@ class QuantizeConfig:
     embedding_bits: int | None = None
     """Bits of the embedding, likewise."""
     bits_per_weight: float | None = None
-    """Widths layer by layer for this mean of bits, scales included (4 bits in groups of 128: 4.125) and embedding and
-    head left out; ``bits`` has no say then."""
+    """Choose among ``widths``, layer by layer and by what they cost, for this mean of bits, scales included (4 bits in
+    groups of 128: 4.125), embedding and head left out; ``bits`` has no say then."""
+    widths: tuple[int, ...] = (2, 3, 4, 8)
+    """What ``bits_per_weight`` chooses among. vLLM and SGLang run 4 and 8 alone."""
     rotate: bool = False
     """Rotate the residual stream and the value heads by Hadamard matrices first, which spreads outliers over all
     channels; it gives a tied LM head weights of its own."""
@@ -103,6 +111,10 @@ class QuantizeConfig:
         for name, low in (("num_samples", 1), ("eval_samples", 0), ("seq_len", 2)):
             if getattr(self, name) < low:
                 raise UsageError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        for bits in self.widths:
+            Scheme(bits)  # refuses others
+        if self.bits_per_weight is not None and not self.widths:
+            raise UsageError("no widths to choose among", hint="name some, like --widths 4 --widths 8")
         if self.activation_bits not in (8, 16):
             raise UsageError(f"activation_bits must be 8 or 16, not {self.activation_bits}")
         if self.activation_bits == 8:
@@ -140,6 +152,16 @@ class LayerResult:
     scaled: dict[str, float | str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """Linear layers that run as one, and how far they move the model when they alone are rounded to ``bits``: mean KL
+    divergence in nats."""
+
+    names: list[str]
+    kl: float
+    bits: int
+
+
 Stage = Literal["layer", "resume", "evaluate", "note"]
 
 
@@ -169,10 +191,30 @@ class KVCacheReport:
 
 
 @dataclass(frozen=True)
+class PartBytes:
+    """Bytes of one part of the model, before and after; ``scales`` of those after are scales and zero points."""
+
+    part: str
+    before: int
+    after: int
+    scales: int = 0
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """Text that was used: a file (or "bundled"), and how many rows of how many tokens."""
+
+    source: str
+    rows: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
 class QuantizeReport:
     """What came out. Perplexities, ``kl`` (mean nats, dense || quantized) and ``top1_agreement`` are of held-out text,
-    None when not measured; so is ``kv_cache``. ``peak_bytes`` is the process's peak resident memory, ``tensor_bytes``
-    the largest sum of weights, Hessian and activations held at once, the solver's temporaries aside."""
+    None when not measured; so is ``kv_cache``. ``eval_backend`` computed what is "after"; what is "before" was streamed
+    in fp32. ``peak_bytes`` is the process's peak resident memory up to the closing comparison, ``tensor_bytes`` the
+    largest sum of weights, Hessian and activations held at once, the solver's temporaries aside."""
 
     out: str
     bytes_before: int
@@ -182,10 +224,20 @@ class QuantizeReport:
     kl: float | None = None
     top1_agreement: float | None = None
     eval_tokens: int = 0
+    eval_backend: str | None = None
+    by_position: list[PositionBin] = field(default_factory=list)
     peak_bytes: int = 0
     tensor_bytes: int = 0
     kv_cache: KVCacheReport | None = None
+    bits_per_weight: float | None = None
+    sensitivity: list[Sensitivity] = field(default_factory=list)
     layers: list[LayerResult] = field(default_factory=list)
+    bytes_by_part: list[PartBytes] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    calibration: TextReport | None = None
+    held_out: TextReport | None = None
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

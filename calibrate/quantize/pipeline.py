@@ -13,6 +13,7 @@ from quantspec.calibrate.quantize.checkpoint import STORED
 from quantspec.calibrate.quantize.config import LayerResult, QuantizeConfig
 from quantspec.calibrate.quantize.evaluate import batches
 from quantspec.calibrate.quantize.layer import PROJECTIONS, STAGES, DecoderLayer
+from quantspec.calibrate.quantize.methods.base import all_finite
 from quantspec.calibrate.quantize.methods.registry import METHODS
 from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.calibrate.quantize.plan import Plan
@@ -51,7 +52,7 @@ class LayerPipeline:
     @property
     def calibrated(self) -> bool:
         """Whether calibration text is read at all."""
-        return bool(self.method.needs or self.transforms)
+        return bool(self.method.needs or self.transforms or self.config.bits_per_weight)
 
     def quantize(
         self, layer: DecoderLayer, index: int, store: TensorStore, hidden: Tensor | None
@@ -82,7 +83,7 @@ class LayerPipeline:
                 self.on_result(results[-1])
         if hidden is not None:
             _pass_mlp(layer, hidden, self.config.device)
-            if not torch.isfinite(hidden).all():
+            if not all_finite(hidden):
                 raise ModelError(f"layer {index} of {self.config.model} gives NaN or Inf on the calibration text")
         return tensors, results
 
@@ -145,19 +146,20 @@ def stage_inputs(layer: DecoderLayer, hidden: Tensor, device: str) -> Iterator[I
     config = layer.config
     attended = hidden.new_empty(*hidden.shape[:2], config.num_heads * config.head_dim)
 
-    def attention_outputs() -> Iterator[Tensor]:
+    def attention_outputs(attended: Tensor) -> Iterator[Tensor]:
         for states, out in zip(batches(hidden), batches(attended), strict=True):
             out.copy_(layer.attend(layer.attention_input(states.to(device))))
             yield out.to(device)
 
-    def mlp_inputs() -> Iterator[Tensor]:
+    def mlp_inputs(attended: Tensor) -> Iterator[Tensor]:
         for states, out in zip(batches(hidden), batches(attended), strict=True):
             states.copy_(states.to(device) + layer.linear("self_attn.o_proj", out.to(device)))
             yield layer.mlp_input(states.to(device))
 
     yield (layer.attention_input(states.to(device)) for states in batches(hidden))
-    yield attention_outputs()
-    yield mlp_inputs()
+    yield attention_outputs(attended)
+    yield mlp_inputs(attended)
+    del attended  # the widest Hessian, of the last stage, takes its place
     yield (layer.gated(layer.mlp_input(states.to(device))) for states in batches(hidden))
 
 

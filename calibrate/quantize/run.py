@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import resource
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,21 +12,29 @@ import torch
 from torch import Tensor
 
 from quantspec.calibrate import data
-from quantspec.calibrate.quantize import checkpoint
-from quantspec.calibrate.quantize.config import Event, KVCacheReport, LayerResult, QuantizeConfig, QuantizeReport, Stage
-from quantspec.calibrate.quantize.evaluate import batches, compare
+from quantspec.calibrate.quantize import checkpoint, report
+from quantspec.calibrate.quantize.config import (
+    Event,
+    LayerResult,
+    QuantizeConfig,
+    QuantizeReport,
+    Sensitivity,
+    Stage,
+)
+from quantspec.calibrate.quantize.evaluate import batches
 from quantspec.calibrate.quantize.interrupt import deferred_interrupt
 from quantspec.calibrate.quantize.layer import DecoderLayer
+from quantspec.calibrate.quantize.page import html
 from quantspec.calibrate.quantize.pipeline import LayerPipeline
 from quantspec.calibrate.quantize.plan import Plan, vocabulary_schemes
+from quantspec.calibrate.quantize.sensitivity import assign, linear_sizes, mean_bits, narrowest
 from quantspec.calibrate.quantize.stream import EMBEDDING, HEAD, StreamedModel, layer_prefix, layer_weights
 from quantspec.calibrate.quantize.transforms.registry import model_transform
-from quantspec.calibrate.quantize.work import REPORT, WorkFolder, fingerprint, report_fingerprint
+from quantspec.calibrate.quantize.work import WorkFolder, fingerprint, report_fingerprint
 from quantspec.errors import Interrupted, ModelError, ResourceError, UsageError
 from quantspec.models import atomic
-from quantspec.models.cache import kv_format
 from quantspec.models.config import KV_CALIBRATED, read_config
-from quantspec.models.tensors import TensorStore
+from quantspec.models.tensors import TensorInfo, TensorStore
 
 OnEvent = Callable[[Event], None]
 
@@ -62,7 +70,11 @@ class _Run:
         self.plan = Plan.of(config, self.source)
         self.transform = model_transform(config, self.source)
         self.pipeline = LayerPipeline(config, self.plan, self.transform, self._on_result)
-        self.done = 0
+        if config.bits_per_weight is not None:
+            narrowest(config, self.plan, linear_sizes(self.source))  # refuses a budget that cannot be met
+        self.sensitivity: list[Sensitivity] = []
+        self.done, self.started = 0, time.perf_counter()
+        self.notes: list[str] = []
         self.told: set[str] = set()
 
     def run(self) -> QuantizeReport:
@@ -76,18 +88,25 @@ class _Run:
         identity = fingerprint(config, self.source.store.files, calibration)
         seal = report_fingerprint(identity, held_out)
         if any(config.out.iterdir()) if config.out.is_dir() else config.out.exists():
-            report = _finished(config.out, seal)
+            finished = _finished(config.out, seal)
             self._say("note", f"{config.out} is already the result of these settings")
-            return report
+            return finished
         work = WorkFolder(config.out, identity, self.source.config.num_layers, config.resume)
         if work.discarded:
             self._say("note", "starting over: the unfinished run had another model, calibration text or settings")
+        measured = work.path / ".quantspec_sensitivity.json"
+        if config.bits_per_weight is not None and calibration is not None:
+            self._say("note", "measuring what each layer costs in few bits")
+            self.plan, self.sensitivity = assign(config, self.plan, self.source, calibration, measured)
+            self.pipeline.plan = self.plan
         self._quantize_layers(work, calibration)
         self._write_rest(work)
-        report = self._report(work, held_out)
-        atomic.write_json(work.path / REPORT, {"fingerprint": seal} | report.to_json())
+        result = self._report(work, calibration, held_out)
+        atomic.write_json(work.path / report.REPORT, {"fingerprint": seal} | result.to_json())
+        atomic.write_bytes(work.path / report.PAGE, html(result).encode())
+        measured.unlink(missing_ok=True)
         work.finish()
-        return report
+        return result
 
     def _rows(self, path: Path, num_rows: int, seed: int | None) -> Tensor:
         tokenizer = data.load_tokenizer(self.config.model)
@@ -146,9 +165,12 @@ class _Run:
         names = [name for name in model.store if not name.startswith(prefixes)]
         if model.config.tied and HEAD in names:  # a stale copy that loaders of tied models warn about
             names.remove(HEAD)
-        tensors, raw = {name: model.store.get(name) for name in names}, read_config(self.config.model)
+        # What is only copied never enters memory: for a large vocabulary it is more than a decoder layer.
+        tensors: dict[str, Tensor | TensorInfo] = {name: model.store.info(name) for name in names}
+        raw = read_config(self.config.model)
         if self.transform is not None:
-            tensors, raw = self.transform.rest(tensors), self.transform.config(raw)
+            tensors = {name: model.store.get(name) for name in names}
+            tensors, raw = self.transform.rest(tensors), self.transform.config(raw, work.path)
         if self.config.kv_cache_dtype != "auto":
             raw |= {KV_CALIBRATED: True}
         dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
@@ -160,48 +182,39 @@ class _Run:
         plan = replace(self.plan, vocabulary=vocabulary)
         checkpoint.write_small_files(self.config.model, work.path, raw, plan)
 
-    def _report(self, work: WorkFolder, held_out: Tensor | None) -> QuantizeReport:
-        measured: dict[str, float | int] = {}
+    def _report(self, work: WorkFolder, calibration: Tensor | None, held_out: Tensor | None) -> QuantizeReport:
+        config, after = self.config, TensorStore(work.path)
+        peak, measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, {}
         if held_out is not None:
             self._say("evaluate", f"comparing both models on {held_out.numel()} held-out tokens")
-            compared = compare(self.config.model, work.path, held_out, self.config.device)
-            measured = {
-                "perplexity_before": compared.perplexity_before,
-                "perplexity_after": compared.perplexity_after,
-                "kl": compared.kl,
-                "top1_agreement": compared.top1_agreement,
-                "eval_tokens": compared.nll_before.numel(),
-            }
-        kv_cache = self._kv_report(work, held_out) if held_out is not None else None
+            measured = report.against_parent(config, work.path, held_out, self._note)
+            if config.kv_cache_dtype != "auto":
+                self._say("evaluate", f"measuring what keys and values in {config.kv_cache_dtype} cost")
+            measured["kv_cache"] = report.of_kv_cache(config, work.path, held_out, self._note)
         return QuantizeReport(
-            out=str(self.config.out),
+            out=str(config.out),
             bytes_before=self.source.store.nbytes(),
-            bytes_after=TensorStore(work.path).nbytes(),
-            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            bytes_after=after.nbytes(),
+            peak_bytes=peak,
             tensor_bytes=self.pipeline.tensor_bytes,
-            kv_cache=kv_cache,
+            bits_per_weight=mean_bits(self.plan.schemes, linear_sizes(self.source)),
+            sensitivity=self.sensitivity,
             layers=[result for layer in work.results for result in layer],
-            **measured,  # type: ignore[arg-type]
+            bytes_by_part=report.bytes_by_part(self.source.store, after),
+            settings=report.settings(config),
+            calibration=report.text_report(config.calibration, calibration),
+            held_out=report.text_report(config.held_out, held_out),
+            seconds=time.perf_counter() - self.started,
+            notes=self.notes,
+            **measured,
         )
 
-    def _kv_report(self, work: WorkFolder, held_out: Tensor) -> KVCacheReport | None:
-        dtype = self.config.kv_cache_dtype
-        if dtype == "auto":
-            return None
-        self._say("evaluate", f"measuring what keys and values in {dtype} cost")
-        found = compare(work.path, work.path, held_out, self.config.device, dtype)
-        model, form = self.source.config, kv_format(self.source.config, dtype)
-        assert form is not None
-        return KVCacheReport(
-            dtype=dtype,
-            bytes_per_token=model.num_layers * 2 * model.num_kv_heads * form.row_bytes,
-            perplexity_before=found.perplexity_before,
-            perplexity_after=found.perplexity_after,
-            kl=found.kl,
-            top1_agreement=found.top1_agreement,
-        )
+    def _note(self, message: str) -> None:
+        self._say("note", message)
 
     def _say(self, stage: Stage, message: str = "", result: LayerResult | None = None) -> None:
+        if stage == "note":
+            self.notes.append(message)
         self.on_event(Event(stage, self.done, len(self.plan.schemes), result, message))
 
 
@@ -209,12 +222,10 @@ def _finished(out: Path, seal: str) -> QuantizeReport:
     """The report of an output that the same settings have already made. Raises ``UsageError`` for anything else
     there."""
     try:
-        report = json.loads((out / REPORT).read_text())
-        same = report.pop("fingerprint") == seal and atomic.verify_manifest(out)
-    except (OSError, ValueError, KeyError, ModelError):
+        found, finished = report.read_report(out / report.REPORT)
+        same = found == seal and atomic.verify_manifest(out)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ModelError):
         same = False
     if not same:
         raise UsageError(f"{out} exists already and is not empty", hint="remove it, or choose another --out")
-    layers = [LayerResult(**result) for result in report.pop("layers")]
-    kv_cache = report.pop("kv_cache", None)
-    return QuantizeReport(layers=layers, kv_cache=kv_cache and KVCacheReport(**kv_cache), **report)
+    return finished

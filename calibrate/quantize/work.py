@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PROGRESS = ".quantspec_progress.json"
-REPORT = "quantize_report.json"
 _ALGORITHM = 2  # raise it when the same settings would give other codes
 _SETTINGS = (
     "method",
@@ -29,6 +28,7 @@ _SETTINGS = (
     "head_bits",
     "embedding_bits",
     "bits_per_weight",
+    "widths",
     "ignore",
     "num_samples",
     "seq_len",
