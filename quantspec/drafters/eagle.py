@@ -23,6 +23,7 @@ from torch import Tensor
 from quantspec.core.drafter import TargetParts, View
 from quantspec.drafters.config import EagleOptions
 from quantspec.drafters.eagle_head import EagleHead, HeadConfig, NativeEagleHead
+from quantspec.drafters.eagle_rotation import read_head_for
 from quantspec.drafters.tree import Tree, assemble, frontier, rerank
 from quantspec.errors import ModelError
 from quantspec.kernels.dispatch import NATIVE
@@ -95,7 +96,11 @@ class Eagle:
     def _load(self, model: CausalModel, probe: Tensor) -> None:
         """Load the head onto the device and in the type of ``probe``, a row of the target's embedding."""
         kind = NativeEagleHead if model.backend in NATIVE else EagleHead
-        self._head = kind.load(self.folder, probe.device, probe.dtype)
+        self._head = kind(*self._tensors(model), probe.device, probe.dtype)
+
+    def _tensors(self, model: CausalModel) -> tuple[HeadConfig, dict[str, Tensor]]:
+        """The head's configuration and weights for that target."""
+        return read_head_for(self.folder, getattr(model, "rotation", None))
 
     def open(self, view: View) -> EagleState:
         capacity = len(view.tokens) + view.remaining + self.options.top_k * self.options.depth

@@ -23,18 +23,22 @@ from quantspec.models.rope import RopeTable
 from quantspec.models.tensors import TensorStore
 
 ARCHITECTURE = "LlamaForCausalLMEagle"
-_LAYER = "layers.0."
-NORM = f"{_LAYER}post_attention_layernorm.weight"
-_OWN_KEYS = {"tau", "base"}  # "base" is for people: what the head was trained on
+LAYER = "layers.0."
+NORM = f"{LAYER}post_attention_layernorm.weight"
+TURN = "turn.weight"
+"""Not in any checkpoint: ``[H, H]`` that every output goes through last (see ``eagle_rotation``)."""
+_OWN_KEYS = {"tau", "base", "rotation"}  # "base" is for people: what the head was trained on
 
 
 @dataclass(frozen=True, slots=True)
 class HeadConfig:
-    """Shape of the layer, whether ``fc`` has a bias, and ``tau`` by temperature (see ``View.scores``)."""
+    """Shape of the layer, whether ``fc`` has a bias, and ``tau`` by temperature (see ``View.scores``). ``rotation``
+    names the target's that its weights were made for (None: for one that is not rotated)."""
 
     model: ModelConfig
     fc_bias: bool
     tau: Mapping[float, float]
+    rotation: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> HeadConfig:
@@ -49,7 +53,7 @@ class HeadConfig:
             )
         if not isinstance(own, dict) or own.keys() - _OWN_KEYS:
             raise ModelError(f"{source}: the section quantspec may only have {', '.join(sorted(_OWN_KEYS))}")
-        return cls(model, bool(raw.get("bias", True)), _taus(own.get("tau", {}), source))
+        return cls(model, bool(raw.get("bias", True)), _taus(own.get("tau", {}), source), own.get("rotation"))
 
     def tau_at(self, temperature: float) -> float:
         """Linear between the fitted temperatures, constant beyond them, 1 where none was fitted."""
@@ -65,7 +69,7 @@ class HeadConfig:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor a head must have."""
-        model, layer = self.model, _LAYER
+        model, layer = self.model, LAYER
         hidden, mlp = model.hidden_size, model.intermediate_size
         widths = {"q": model.num_heads * model.head_dim, "k": model.num_kv_heads * model.head_dim}
         widths["v"] = widths["k"]
@@ -117,14 +121,14 @@ def read_head(folder: Path) -> tuple[HeadConfig, dict[str, Tensor]]:
 
 def fuse_head(config: HeadConfig, tensors: Mapping[str, Tensor]) -> Weights:
     """Weight and bias of each matmul; q, k and v, and gate and up, are one."""
-    attention = [f"{_LAYER}self_attn.{name}_proj" for name in ("q", "k", "v")]
+    attention = [f"{LAYER}self_attn.{name}_proj" for name in ("q", "k", "v")]
     qkv_bias = torch.cat([tensors[f"{name}.bias"] for name in attention]) if config.model.qkv_bias else None
     return {
         "fc": (tensors["fc.weight"], tensors.get("fc.bias")),
         "qkv": (torch.cat([tensors[f"{name}.weight"] for name in attention]), qkv_bias),
-        "o": (tensors[f"{_LAYER}self_attn.o_proj.weight"], None),
-        "gate_up": (torch.cat([tensors[f"{_LAYER}mlp.{name}_proj.weight"] for name in ("gate", "up")]), None),
-        "down": (tensors[f"{_LAYER}mlp.down_proj.weight"], None),
+        "o": (tensors[f"{LAYER}self_attn.o_proj.weight"], None),
+        "gate_up": (torch.cat([tensors[f"{LAYER}mlp.{name}_proj.weight"] for name in ("gate", "up")]), None),
+        "down": (tensors[f"{LAYER}mlp.down_proj.weight"], None),
     }
 
 
@@ -134,8 +138,10 @@ class EagleHead:
     def __init__(
         self, config: HeadConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
     ) -> None:
-        """``tensors`` as ``read_head`` returns them."""
+        """``tensors`` as ``read_head`` or ``eagle_rotation.read_head_for`` returns them."""
         self.config, self._device, self._dtype = config, device, dtype
+        turn = tensors.get(TURN)
+        self._turn = None if turn is None else turn.to(device, dtype)
         own = tensors.get("embed_tokens.weight")
         self.embed_weight = None if own is None else own.to(device, dtype)
         self.rope = RopeTable(config.model.rope, config.model.head_dim, device, dtype)
@@ -153,11 +159,6 @@ class EagleHead:
         self.qkv, self.qkv_bias = qkv * scale, None if qkv_bias is None else qkv_bias * scale[:, 0]
         self.o_proj, self.gate_up, self.down = moved["o"][0], moved["gate_up"][0], moved["down"][0]
         self.norm = norm.to(self._device, self._dtype)
-
-    @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> EagleHead:
-        """From a safetensors folder; raises as ``read_head`` does."""
-        return cls(*read_head(folder), device, dtype)
 
     def new_kv(self, capacity: int) -> Tensor:
         """Zeroed keys and values, ``[2, kv_heads, capacity, head_dim]``."""
@@ -193,7 +194,10 @@ class EagleHead:
         mixed = (scores.softmax(-1) @ kv[1, :, :end]).view(kv_heads, m, -1, model.head_dim)
         x = x + F.linear(mixed.transpose(0, 1).reshape(m, -1), self.o_proj)
         gate, up = F.linear(F.rms_norm(x, self.norm.shape, self.norm, model.rms_norm_eps), self.gate_up).chunk(2, dim=1)
-        return x + F.linear(F.silu(gate) * up, self.down)
+        return self._turned(x + F.linear(F.silu(gate) * up, self.down))
+
+    def _turned(self, outputs: Tensor) -> Tensor:
+        return outputs if self._turn is None else F.linear(outputs, self._turn)
 
 
 class NativeEagleHead(EagleHead):
@@ -211,4 +215,4 @@ class NativeEagleHead(EagleHead):
     ) -> Tensor:
         self.rope.grow(positions.stop)
         cos, sin = self.rope.cos[positions], self.rope.sin[positions]
-        return self._kernel(features, embeddings, cos, sin, kv, start, bias)
+        return self._turned(self._kernel(features, embeddings, cos, sin, kv, start, bias))

@@ -26,7 +26,6 @@ from quantspec.core.step import warn
 from quantspec.drafters.config import EagleOptions
 from quantspec.drafters.eagle import Eagle, EagleState
 from quantspec.drafters.eagle_frame import Form, Frame, Seat
-from quantspec.drafters.eagle_head import read_head
 from quantspec.drafters.eagle_triton_head import TritonEagleHead
 from quantspec.errors import ResourceError
 from quantspec.kernels.spans import round_up
@@ -72,7 +71,7 @@ class TritonEagle(Eagle):
     def _load(self, model: CausalModel, probe: Tensor) -> None:
         assert isinstance(model, TritonDecoder), "engine.build chose this drafter for another model"
         self._decoder = model
-        self._network = TritonEagleHead(*read_head(self.folder), model.device, model.dtype)
+        self._network = TritonEagleHead(*self._tensors(model), model.device, model.dtype)
         self._graphs = Graphs(model.device)
 
     def prepare(self, parts: TargetParts) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from quantspec.drafters.eagle_head import NORM, HeadConfig, fuse_head
+from quantspec.drafters.eagle_head import NORM, TURN, HeadConfig, fuse_head
 from quantspec.kernels.triton.attention import attention
 from quantspec.kernels.triton.dense import TritonDense
 from quantspec.kernels.triton.norm import rms_norm
@@ -26,7 +26,7 @@ class TritonEagleHead:
     def __init__(
         self, config: HeadConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
     ) -> None:
-        """``tensors`` as ``eagle_head.read_head`` returns them."""
+        """``tensors`` as ``eagle_rotation.read_head_for`` returns them."""
         self.config, self.device, self.dtype = config, device, dtype
         own = tensors.get("embed_tokens.weight")
         self.embed_weight = None if own is None else own.to(device, dtype).contiguous()
@@ -38,6 +38,8 @@ class TritonEagleHead:
         self._fc, self._qkv, self._o = linears["fc"], linears["qkv"], linears["o"]
         self._gate_up, self._down = linears["gate_up"], linears["down"]
         self._norm = tensors[NORM].to(device, dtype).contiguous()
+        turn = tensors.get(TURN)
+        self._turn = None if turn is None else TritonDense(turn.to(device, dtype), None)
 
     def new_kv(self, slots: int) -> Tensor:
         """Keys and values, zeroed: ``[2 kv_heads, slots, head_dim]``. Raises ``ResourceError``: no memory."""
@@ -57,4 +59,5 @@ class TritonEagleHead:
         q = rope(self._qkv(x).view(len(x), -1, model.head_dim), cos, sin, written, kv)
         keys, values = kv.chunk(2)
         normed, x = rms_norm(self._o(attention(q, keys, values, seen)), self._norm, model.rms_norm_eps, x)
-        return x + self._down(swiglu(self._gate_up(normed)))
+        x = x + self._down(swiglu(self._gate_up(normed)))
+        return x if self._turn is None else self._turn(x)

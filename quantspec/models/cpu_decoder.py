@@ -23,6 +23,7 @@ from quantspec.models.base import Cache, Output
 from quantspec.models.cache import KVCache
 from quantspec.models.config import ModelConfig
 from quantspec.models.rope import RopeTable
+from quantspec.models.rotation import ResidualRotation
 from quantspec.numerics.kv import KVFormat
 from quantspec.types import Batch, Tap
 
@@ -50,6 +51,7 @@ class CpuDecoder:
         self.max_positions = config.max_positions
         self.backend = "cpu-int8" if integer else "cpu-fp32"
         self.notes: tuple[str, ...] = ()
+        self.rotation: ResidualRotation | None = None
         self._embedding, self._layers, self._norm, self._head = embedding, tuple(layers), norm, head
         linears = [linear for layer in layers for linear in layer.linears]
         self.packed_bytes = sum(linear.nbytes for linear in (*linears, head))

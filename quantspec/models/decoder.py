@@ -17,6 +17,7 @@ from quantspec.models.base import Cache, Output
 from quantspec.models.cache import KVCache
 from quantspec.models.config import ModelConfig
 from quantspec.models.rope import RopeTable
+from quantspec.models.rotation import ResidualRotation
 from quantspec.numerics.kv import KVFormat
 from quantspec.types import Batch, Tap
 
@@ -68,6 +69,7 @@ class Decoder:
         self.embedding, self.norm, self._head, self.device = embedding, norm, head, embedding.device
         self.backend = "reference-exact" if exact else "reference-fast"
         self.notes: tuple[str, ...] = ()
+        self.rotation: ResidualRotation | None = None
         self._kv_format = kv_format
         self._rope = RopeTable(config.rope, config.head_dim, self.device, embedding.dtype)
         # Queries are scaled as they are rotated; values are rotated by cos 1 and sin 0, so that one operation does all.

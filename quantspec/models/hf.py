@@ -24,6 +24,7 @@ from quantspec.models.config import read_config
 from quantspec.models.hf_cache import AttentionCache, RecurrentCache
 from quantspec.models.hf_parts import Parts
 from quantspec.models.hf_quantized import check_after, check_before, settle_dtype, weight_bytes
+from quantspec.models.rotation import ResidualRotation
 from quantspec.models.tensors import TensorStore
 from quantspec.types import Batch, Tap
 
@@ -47,6 +48,7 @@ class HFModel:
         self.name = type(module).__name__
         self.config = module.config.get_text_config(decoder=True)
         self.notes: tuple[str, ...] = ()
+        self.rotation: ResidualRotation | None = None
         parameters = inspect.signature(module.forward).parameters
         self._cache_argument = next((name for name in ("past_key_values", "cache_params") if name in parameters), "")
         if not self._cache_argument:

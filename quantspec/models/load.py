@@ -24,6 +24,7 @@ from quantspec.models.config import ModelConfig, read_config
 from quantspec.models.decoder import Decoder, Layer, Matmul
 from quantspec.models.quantization import EMBEDDING_MODULE, HEAD_MODULE, UnsupportedModel
 from quantspec.models.resolve import resolve
+from quantspec.models.rotation import load_rotation
 from quantspec.models.weights import Fused, LayerNames, Weights, join, to_dense
 from quantspec.numerics.affine import QuantizedWeight
 from quantspec.numerics.kv import KVFormat
@@ -78,7 +79,7 @@ def load_model(
         from quantspec.models.hf import HFModel
 
         foreign = HFModel.load(folder, device=device)
-        foreign.notes = (*lowered, *foreign.notes)
+        foreign.rotation, foreign.notes = load_rotation(folder, raw), (*lowered, *foreign.notes)
         return foreign
     stored = config.quantization
     (bits, group_size), *more = [(each.bits, each.group_size) for each in stored.schemes] if stored else [(16, -1)]
@@ -95,6 +96,7 @@ def load_model(
     lowered += check_kv_cache(config, kv_cache_dtype, folder)
     with torch.no_grad():
         model = _load_fastest(folder, config, torch.device(device), request, backend)
+    model.rotation = load_rotation(folder, raw)
     model.notes = (*lowered, *model.notes)
     return model
 
@@ -117,7 +119,7 @@ def usable_device(device: str, *, named: bool = False) -> tuple[str, tuple[str, 
 
 def _load_fastest(
     folder: Path, config: ModelConfig, device: torch.device, request: dispatch.Request, name: str | None
-) -> CausalModel:
+) -> Decoder | CpuDecoder | TritonDecoder:
     """On the backend of that name, or on the fastest that serves and does not fail."""
     failed: dict[str, str] = {}
     while True:

@@ -22,6 +22,7 @@ from quantspec.kernels.triton.swiglu import swiglu
 from quantspec.models.base import Cache, Drawing, Output
 from quantspec.models.config import ModelConfig
 from quantspec.models.rope import RopeTable
+from quantspec.models.rotation import ResidualRotation
 from quantspec.models.triton_cache import Storage, TritonCache, allocate_kv, slots_for
 from quantspec.models.triton_frame import TILES, Frame, tile_for
 from quantspec.models.triton_graphs import NO_MEMORY, Graphs
@@ -66,6 +67,7 @@ class TritonDecoder:
         self.config, self.weight_bytes = config, weight_bytes
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.max_positions, self.notes = config.max_positions, tuple[str, ...]()
+        self.rotation: ResidualRotation | None = None
         self.device, self.dtype = embedding.device, embedding.dtype
         self._embedding, self._layers, self._norm, self._head = embedding, tuple(layers), norm, head
         self._next_norms = (*(layer.input_norm for layer in layers[1:]), norm)

@@ -12,7 +12,7 @@ from quantspec.drafters.cascade import Cascade
 from quantspec.drafters.config import CascadeOptions, EagleOptions
 from quantspec.drafters.draft_model import draft_model
 from quantspec.drafters.eagle import Eagle
-from quantspec.drafters.eagle_head import EagleHead, HeadConfig, NativeEagleHead
+from quantspec.drafters.eagle_head import EagleHead, HeadConfig, NativeEagleHead, read_head
 from quantspec.errors import ModelError, UsageError
 from quantspec.kernels.cpu import library
 from quantspec.models.load import load_model
@@ -45,7 +45,7 @@ def test_the_native_head_gives_the_same_outputs(tmp_path: Path, biases: bool) ->
         widths = {"q": HIDDEN, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM}
         tensors |= {f"layers.0.self_attn.{name}_proj.bias": random(width) for name, width in widths.items()}
     folder = save(tmp_path / "head", config, tensors)
-    heads = [kind.load(folder, torch.device("cpu"), torch.float32) for kind in (EagleHead, NativeEagleHead)]
+    heads = [kind(*read_head(folder), torch.device("cpu"), torch.float32) for kind in (EagleHead, NativeEagleHead)]
     caches = [head.new_kv(40) for head in heads]
     for m, start, width, positions in ((19, 0, 19, slice(0, 19)), (1, 19, 1, slice(19, 20)), (3, 20, 6, slice(20, 21))):
         bias = torch.full((m, width), -torch.inf).triu(1 + width - m)

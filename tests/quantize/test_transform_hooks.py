@@ -54,7 +54,7 @@ class Permutation:
     def rest(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor[..., self.order].contiguous() for name, tensor in tensors.items()}
 
-    def config(self, raw: dict[str, object]) -> dict[str, object]:
+    def config(self, raw: dict[str, object], folder: Path) -> dict[str, object]:
         return raw | {"note": "permuted"}
 
 

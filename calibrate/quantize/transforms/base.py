@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -51,5 +52,6 @@ class ModelTransform(Protocol):
     def rest(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """All tensors outside the decoder layers, changed, to be stored as they are."""
 
-    def config(self, raw: dict[str, object]) -> dict[str, object]:
-        """The changed model's ``config.json`` for the original's ``raw``."""
+    def config(self, raw: dict[str, object], folder: Path) -> dict[str, object]:
+        """The changed model's ``config.json`` for the original's ``raw``. Files that drafters need go into ``folder``,
+        the model's."""
