@@ -14,6 +14,7 @@ from quantspec.calibrate.quantize.config import LayerResult, QuantizeConfig
 from quantspec.calibrate.quantize.evaluate import batches
 from quantspec.calibrate.quantize.layer import PROJECTIONS, STAGES, DecoderLayer
 from quantspec.calibrate.quantize.methods.base import all_finite
+from quantspec.calibrate.quantize.methods.base import all_finite
 from quantspec.calibrate.quantize.methods.registry import METHODS
 from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.calibrate.quantize.plan import Plan

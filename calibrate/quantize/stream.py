@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from quantspec.calibrate.quantize.layer import PROJECTIONS, DecoderLayer, rms_norm
@@ -37,14 +39,34 @@ class StreamedModel:
 
     def embed(self, ids: Tensor) -> Tensor:
         """``ids [S, T]`` to hidden states ``[S, T, H]`` in fp32 on the CPU."""
+        if not quantized_parts(self.store, EMBEDDING_MODULE):
+            return self._embed_rows(ids)
         table = stored_weight(self.store, EMBEDDING_MODULE, self.config.quantization, "cpu")
-        if not isinstance(table, QuantizedWeight):
-            return table[ids].float()
+        assert isinstance(table, QuantizedWeight)
         zeros, flat = table.zero_point, ids.flatten()
         rows = QuantizedWeight(
             table.codes[flat], table.scale[flat], None if zeros is None else zeros[flat], table.scheme
         )
         return dequantize(rows).view(*ids.shape, -1)
+
+    def _embed_rows(self, ids: Tensor) -> Tensor:
+        # A table of 150k words can be larger than all that calibration holds: only the rows in use are read.
+        used, places = ids.unique(return_inverse=True)
+        table = self.store.rows(EMBEDDING, used.tolist())
+        hidden = torch.empty(*ids.shape, table.shape[1])
+        for row, place in zip(hidden, places, strict=True):
+            row.copy_(table[place])
+        return hidden
+
+    def head_blocks(self, size: int) -> Iterator[Tensor]:
+        """``size`` rows of the LM head at a time, in fp32 on the device."""
+        name = f"{self._head_module}.weight"
+        if quantized_parts(self.store, self._head_module):
+            yield from (block.float() for block in self.head().split(size))
+            return
+        rows = self.store.shape(name)[0]
+        for start in range(0, rows, size):
+            yield self.store.rows(name, range(start, min(start + size, rows))).to(self.device).float()
 
     def head(self) -> Tensor:
         """The LM head ``[V, H]`` on the device, in its stored type (fp32 where it is quantized)."""

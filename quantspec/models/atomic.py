@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from quantspec.errors import ModelError, ResourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from quantspec.models.tensors import TensorInfo
 
 MANIFEST = "quantspec_manifest.json"
 
@@ -101,19 +104,20 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor | TensorInfo]) -> None:
     """Write a safetensors file atomically, one tensor at a time, so that no second copy of the whole stands in memory.
+    A ``TensorInfo`` is copied from the file that holds it, and is never in memory.
 
     Tensors are laid out by falling item size, then name: every one is aligned and equal content gives equal bytes.
     """
     import torch
 
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
         tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         dtype = _DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -121,8 +125,27 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            raw = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+            tensor = tensors[name]
+            if not isinstance(tensor, torch.Tensor):
+                _copy(tensor, file)
+                continue
+            raw = tensor.detach().to("cpu").contiguous().reshape(-1)
             file.write(raw.view(torch.uint8).numpy().data if raw.numel() else b"")
+
+
+_CHUNK = 2**22  # bytes of a tensor that is copied from file to file
+
+
+def _copy(info: TensorInfo, target: IO[bytes]) -> None:
+    with open(info.file, "rb") as source:
+        source.seek(info.begin)
+        left = info.end - info.begin
+        while left:
+            piece = source.read(min(left, _CHUNK))
+            if not piece:
+                raise ModelError(f"{info.file} ended inside a tensor", hint="the file was cut; get it again")
+            target.write(piece)
+            left -= len(piece)
 
 
 def sha256(path: Path) -> str:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -164,11 +164,31 @@ class TensorStore:
         info = self.info(name)
         data = torch.empty(info.end - info.begin, dtype=torch.uint8)
         with open(info.file, "rb", buffering=0) as file:
-            file.seek(info.begin)
-            view = data.numpy().data
-            while len(view):
-                count = file.readinto(view)
-                if not count:
-                    raise ModelError(f"{info.file} ended inside tensor {name}", hint=_DAMAGED)
-                view = view[count:]
+            _read(file, info, name, info.begin, data)
         return data.view(info.dtype).reshape(info.shape)
+
+    def rows(self, name: str, indices: Iterable[int]) -> Tensor:
+        """Only some rows ``[n, ..]`` of a tensor ``[N, ..]``, which need not fit into memory."""
+        info, indices = self.info(name), list(indices)
+        size = math.prod(info.shape[1:]) * info.dtype.itemsize
+        data = torch.empty(len(indices), size, dtype=torch.uint8)
+        with open(info.file, "rb", buffering=0) as file:
+            first = 0
+            while first < len(indices):  # neighbours are read together
+                last = first + 1
+                while last < len(indices) and indices[last] == indices[last - 1] + 1:
+                    last += 1
+                _read(file, info, name, info.begin + indices[first] * size, data[first:last])
+                first = last
+        return data.view(info.dtype).reshape(len(indices), *info.shape[1:])
+
+
+def _read(file: IO[bytes], info: TensorInfo, name: str, start: int, data: Tensor) -> None:
+    """Fill ``data`` (contiguous uint8) from byte ``start`` on."""
+    view = data.reshape(-1).numpy().data
+    file.seek(start)
+    while len(view):
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise ModelError(f"{info.file} ended inside tensor {name}", hint=_DAMAGED)
+        view = view[count:]
