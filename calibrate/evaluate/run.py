@@ -15,6 +15,7 @@ from torch import Tensor
 from quantspec.calibrate import data
 from quantspec.calibrate.evaluate.config import EvalConfig, EvalReport, ParentReport
 from quantspec.calibrate.evaluate.scoring import (
+    STREAMED,
     Comparison,
     Scores,
     by_position,
@@ -36,8 +37,6 @@ from quantspec.models.resolve import resolve
 from quantspec.models.tensors import TensorStore
 from quantspec.models.tokenizer import Tokenizer
 
-STREAMED = "streamed, fp32"
-"""In the place of a backend: from disk, one layer at a time."""
 _WHOLE = 2**40  # rows: more than any text has
 
 OnRow = Callable[[int, int], None]

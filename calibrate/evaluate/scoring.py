@@ -20,6 +20,8 @@ CHUNK = 256  # positions whose log-probabilities over the vocabulary stand in me
 _BINS = 16
 _RESAMPLES = 2000
 
+STREAMED = "streamed, fp32"
+"""In the place of a backend: from disk, one layer at a time."""
 Scores = Iterator[Tensor]
 """Log-probabilities ``[<= CHUNK, V]`` of what follows each token but the last of a row, row after row."""
 
@@ -43,7 +45,7 @@ def scores_as_run(model: CausalModel, ids: Tensor, on_row: Callable[[int], None]
 @torch.no_grad()
 def scores_streamed(model: StreamedModel, ids: Tensor) -> Scores:
     """Of ``ids [S, T]``, in fp32 with the weights as stored, one decoder layer in memory at a time."""
-    states, head = hidden_states(model, ids), model.store.get(model.head_name).to(model.device)
+    states, head = hidden_states(model, ids), model.head()
     for row in states:
         for part in row[:-1].split(CHUNK):
             yield log_probs(part.to(model.device), head)

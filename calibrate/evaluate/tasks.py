@@ -6,7 +6,9 @@ the harness's own class, since that package is an extra.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,8 @@ def require_harness() -> None:
 
 
 def run_tasks(config: EvalConfig, engine: Engine) -> dict[str, dict[str, Any]]:
-    """The harness's ``results``, metrics by task. Raises ``UsageError`` for a task that it does not know, ``ModelError``
-    for one whose data it cannot load."""
+    """The harness's ``results``: metrics by task. Raises ``UsageError`` for a task that it does not know,
+    ``ModelError`` for one whose data it cannot load."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -56,14 +58,15 @@ def run_tasks(config: EvalConfig, engine: Engine) -> dict[str, dict[str, Any]]:
         said = str(error).strip().partition("\n")[0]
         hint = "check the network, and --include-path for tasks of your own"
         raise ModelError(f"cannot load tasks {', '.join(names)}: {type(error).__name__}: {said}", hint=hint) from error
-    found = simple_evaluate(
-        as_lm(HarnessModel(engine)),
-        tasks=names,
-        num_fewshot=config.num_fewshot,
-        limit=config.limit,
-        task_manager=manager,
-        log_samples=False,
-    )
+    with redirect_stdout(sys.stderr):  # where the harness prints its progress would stand our JSON
+        found = simple_evaluate(
+            as_lm(HarnessModel(engine)),
+            tasks=names,
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+            task_manager=manager,
+            log_samples=False,
+        )
     return {task: {key: _plain(value) for key, value in row.items()} for task, row in found["results"].items()}
 
 
@@ -119,8 +122,8 @@ class HarnessModel:
         return total
 
     def score(self, before: Sequence[int], after: Sequence[int]) -> tuple[float, bool]:
-        """Of the tokens ``after`` that follow ``before`` (at least one): the sum of their log-probabilities, and whether
-        each is the most likely one."""
+        """Of the tokens ``after`` that follow ``before`` (at least one): the sum of their log-probabilities in nats,
+        and whether each is the most likely one."""
         if not after:
             return 0.0, True
         tokens = [*before, *after][-self.max_length - 1 :]

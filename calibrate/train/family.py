@@ -26,7 +26,7 @@ from quantspec.models.atomic import copy_file, make_folder, write_json, write_ma
 
 MEMBERS = ("target", "target-w4", "intermediate", "intermediate-w4", "eagle-target", "eagle-intermediate")
 _HELD_TEXTS = 246  # a third of them greedy
-_NOT_SHIPPED = ("state.safetensors", "log.jsonl", "quantize_report.json")
+_NOT_SHIPPED = ("state.safetensors", "log.jsonl", "quantization_report.json", "quantization_report.html")
 
 
 def run(config: FamilyConfig) -> dict[str, Any]:

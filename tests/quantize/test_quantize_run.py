@@ -36,7 +36,7 @@ Configure = Callable[..., QuantizeConfig]
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files that must not depend on how a run went (times do, and so the report and the manifest)."""
-    varying = ("quantize_report.json", atomic.MANIFEST)
+    varying = ("quantization_report.json", "quantization_report.html", atomic.MANIFEST)
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in varying}
 
 

@@ -1,0 +1,248 @@
+"""`quantization_report.html`: what a run did to a model, on one page that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+from math import log10
+from pathlib import PurePath
+
+from quantspec.calibrate.evaluate.page import by_position
+from quantspec.calibrate.page import (
+    BLUE,
+    GRAY,
+    LINE,
+    count_bytes,
+    document,
+    facts,
+    figure,
+    paragraph,
+    section,
+    shade,
+    svg,
+    table,
+    tiles,
+)
+from quantspec.calibrate.quantize.config import LayerResult, PartBytes, QuantizeReport, Sensitivity
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_WORST = 10
+_LEFT, _ROW = 74, 20
+
+
+def html(report: QuantizeReport) -> str:
+    """The page of one run."""
+    parts = [_summary(report), tiles(_figures(report)), _layers(report)]
+    if report.by_position:
+        parts.append(by_position(report.by_position))
+    parts.append(_bytes(report))
+    if report.kv_cache is not None:
+        parts.append(_kv_cache(report))
+    if report.sensitivity:
+        parts.append(_sensitivity(report.sensitivity))
+    parts += [_fallbacks(report), _text(report), section("Settings", facts(report.settings)), _every_layer(report)]
+    return document("Quantization report", parts)
+
+
+def _summary(report: QuantizeReport) -> str:
+    settings = report.settings
+    bits = "mixed widths" if settings.get("bits_per_weight") else f"{settings.get('bits')} bits"
+    group = settings.get("group_size")
+    grouped = "one scale per output channel" if group == -1 else f"groups of {group}"
+    return paragraph(
+        f"{PurePath(str(settings.get('model'))).name} by {settings.get('method')}, {bits}, {grouped}: "
+        f"{report.out}, in {report.seconds:,.0f} s."
+    )
+
+
+def _figures(report: QuantizeReport) -> dict[str, str]:
+    shown = {
+        "weights": f"{count_bytes(report.bytes_before)} to {count_bytes(report.bytes_after)}",
+        "smaller by": f"{report.bytes_before / report.bytes_after:.2f} times",
+    }
+    if report.bits_per_weight is not None:
+        shown["bits per weight"] = f"{report.bits_per_weight:.3f}"
+    if report.perplexity_before is not None and report.perplexity_after is not None:
+        change = report.perplexity_after / report.perplexity_before - 1
+        shown["perplexity"] = f"{report.perplexity_before:.3f} to {report.perplexity_after:.3f} ({change:+.2%})"
+    if report.kl is not None:
+        shown["KL divergence"] = f"{report.kl:.4f} nats"
+    if report.top1_agreement is not None:
+        shown["top-1 agreement"] = f"{report.top1_agreement:.2%}"
+    return shown
+
+
+def _layers(report: QuantizeReport) -> str:
+    """Which layers hurt: a map of all, and a table of the worst."""
+    worst = sorted(report.layers, key=lambda one: -one.error)[:_WORST]
+    rows = [(one.name, f"{one.error:.3e}", _damping(one)) for one in worst]
+    caption = "Relative error of each linear layer, on a logarithmic scale; a ring marks a fallback or more damping"
+    return section(
+        "Which layers hurt",
+        figure(caption, _map(report.layers)),
+        paragraph(
+            "The mean square error of a layer's outputs on the calibration text, over their mean square (methods that "
+            "read no text: of its weights)."
+        ),
+        table(("largest errors", "error", "damping"), rows),
+    )
+
+
+def _map(layers: Sequence[LayerResult]) -> str:
+    """One column per decoder layer, one row per projection, shaded by the logarithm of the error."""
+    places = {_place(one.name): one for one in layers}
+    depth = 1 + max(layer for layer, _ in places)
+    errors = [log10(max(one.error, 1e-12)) for one in layers]
+    low, high = min(errors), max(max(errors), min(errors) + 1e-6)
+    width = max(7.0, min(34.0, 800 / depth))
+    base = least_damping(layers)
+    parts = [
+        f'<text x="{_LEFT - 8}" y="{_ROW * row + 14}" text-anchor="end">{name}</text>'
+        for row, name in enumerate(_PROJECTIONS)
+    ]
+    for (layer, name), one in sorted(places.items()):
+        x, y = _LEFT + layer * width, _ROW * _PROJECTIONS.index(name)
+        share = (log10(max(one.error, 1e-12)) - low) / (high - low)
+        told = f"{one.name}: error {one.error:.3e}, {one.method}" + (
+            f", damping {one.damping:g}" if one.damping else ""
+        )
+        tip = f"<title>{escape(told)}</title>"
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y}" width="{width - 1:.1f}" height="{_ROW - 1}" fill="{shade(share)}">{tip}</rect>'
+        )
+        if one.fallback_reason or (one.damping or 0) > base:
+            parts.append(
+                f'<circle cx="{x + width / 2 - 0.5:.1f}" cy="{y + 9.5}" r="3" fill="none" stroke="{BLUE}" '
+                f'stroke-width="2"/>'
+            )
+    foot = _ROW * len(_PROJECTIONS) + 14
+    every = max(1, round(40 / width))
+    parts += [
+        f'<text x="{_LEFT + (layer + 0.5) * width:.1f}" y="{foot}" text-anchor="middle">{layer}</text>'
+        for layer in range(0, depth, every)
+    ]
+    size = max(_LEFT + depth * width, 420)
+    parts.append(_scale(foot + 16, 10**low, 10**high))
+    return f'<div style="max-width:{size * 1.1:.0f}px">{svg(size, foot + 48, "error by layer", parts)}</div>'
+
+
+def _scale(y: float, low: float, high: float) -> str:
+    steps = 24
+    parts = [
+        f'<rect x="{_LEFT + 8 * i}" y="{y}" width="8.5" height="10" fill="{shade(i / (steps - 1))}"/>'
+        for i in range(steps)
+    ]
+    for x, value, anchor in ((_LEFT, low, "start"), (_LEFT + 8 * steps, high, "end")):
+        parts.append(f'<text x="{x}" y="{y + 23}" text-anchor="{anchor}">{value:.1e}</text>')
+    return "".join(parts)
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Decoder layer and projection of ``model.layers.3.mlp.up_proj``."""
+    parts = name.split(".")
+    return int(parts[2]), parts[-1]
+
+
+def least_damping(layers: Sequence[LayerResult]) -> float:
+    """What a layer is damped with where nothing goes wrong."""
+    return min((one.damping for one in layers if one.damping), default=0.0)
+
+
+def _damping(one: LayerResult) -> str:
+    return "" if one.damping is None else f"{one.damping:g}"
+
+
+def _bytes(report: QuantizeReport) -> str:
+    rows = [
+        (one.part, count_bytes(one.before), count_bytes(one.after), count_bytes(one.scales) if one.scales else "")
+        for one in report.bytes_by_part
+        if one.before or one.after
+    ]
+    rows.append(("all", count_bytes(report.bytes_before), count_bytes(report.bytes_after), ""))
+    return section(
+        "Bytes by part",
+        figure("Before and after", _bars(report.bytes_by_part)),
+        table(("part", "before", "after", "of which scales, zero points"), rows),
+    )
+
+
+def _bars(parts: Sequence[PartBytes]) -> str:
+    """Two bars of the same scale, cut into parts."""
+    colors = ("#2f6fb0", "#7fb0de", "#d9892b", "#f0c47e", GRAY)
+    sides: tuple[tuple[str, Callable[[PartBytes], int]], ...] = (
+        ("before", lambda one: one.before),
+        ("after", lambda one: one.after),
+    )
+    most = max(sum(size(one) for one in parts) for _, size in sides) or 1
+    drawn = []
+    for row, (label, size) in enumerate(sides):
+        x, y = float(_LEFT), 34 * row
+        drawn.append(f'<text x="{_LEFT - 8}" y="{y + 17}" text-anchor="end">{label}</text>')
+        for color, one in zip(colors, parts, strict=True):
+            width = size(one) / most * 700
+            tip = f"<title>{escape(one.part)}: {count_bytes(size(one))}</title>"
+            drawn.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="26" fill="{color}">{tip}</rect>')
+            x += width
+    x = float(_LEFT)
+    for color, one in zip(colors, parts, strict=True):
+        drawn.append(f'<rect x="{x}" y="76" width="11" height="11" fill="{color}" stroke="{LINE}"/>')
+        drawn.append(f'<text x="{x + 16}" y="86">{escape(one.part)}</text>')
+        x += 36 + 7 * len(one.part)
+    return svg(_LEFT + 704, 92, "bytes by part, before and after", drawn)
+
+
+def _kv_cache(report: QuantizeReport) -> str:
+    kv = report.kv_cache
+    assert kv is not None
+    values = {
+        "kept in": kv.dtype,
+        "bytes per token": f"{kv.bytes_per_token:,}",
+        "perplexity, unquantized": f"{kv.perplexity_before:.4f}",
+        f"perplexity, {kv.dtype}": f"{kv.perplexity_after:.4f} ({kv.perplexity_after / kv.perplexity_before - 1:+.3%})",
+        "KL divergence, nats per token": f"{kv.kl:.5f}",
+        "top-1 agreement": f"{kv.top1_agreement:.2%}",
+    }
+    return section("Keys and values", facts(values))
+
+
+def _sensitivity(found: Sequence[Sensitivity]) -> str:
+    ordered = sorted(found, key=lambda one: -one.kl)
+    rows = [(", ".join(one.names), f"{one.kl:.2e}", one.bits) for one in ordered]
+    return section(
+        "Sensitivity",
+        paragraph("KL divergence in nats when these layers alone are rounded, and the bits that they were given."),
+        table(("layers", "KL", "bits"), rows),
+    )
+
+
+def _fallbacks(report: QuantizeReport) -> str:
+    base = least_damping(report.layers)
+    rows = [(one.name, one.fallback_reason) for one in report.layers if one.fallback_reason]
+    rows += [(one.name, f"damping {one.damping:g}") for one in report.layers if (one.damping or 0) > base]
+    said = table(("layer", "what was done instead"), rows, (0, 1)) if rows else paragraph("No layer needed one.")
+    notes = [paragraph(f"Note: {note}") for note in report.notes]
+    return section("Fallbacks and notes", said, *notes)
+
+
+def _text(report: QuantizeReport) -> str:
+    named = {"calibration": report.calibration, "held-out": report.held_out}
+    rows = [
+        (name, text.source, f"{text.rows:,}", f"{text.seq_len:,}", f"{text.rows * text.seq_len:,}")
+        for name, text in named.items()
+        if text is not None
+    ]
+    after = f"The result was measured on {report.eval_backend}, its parent in fp32." if report.eval_backend else ""
+    measured = f"{after} {count_bytes(report.peak_bytes)} of memory at the peak, before that measurement."
+    return section(
+        "Text and machine",
+        table(("text", "source", "rows", "tokens in a row", "tokens"), rows, (0, 1)) if rows else "",
+        paragraph(measured),
+    )
+
+
+def _every_layer(report: QuantizeReport) -> str:
+    rows = [
+        (one.name, one.method, one.bits or "", f"{one.error:.3e}", _damping(one), f"{one.seconds:.2f}")
+        for one in report.layers
+    ]
+    return section("Every layer", table(("layer", "method", "bits", "error", "damping", "seconds"), rows, (0, 1)))
