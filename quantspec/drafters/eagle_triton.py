@@ -35,7 +35,7 @@ from quantspec.kernels.triton.rows import Rows
 from quantspec.models import triton_frame
 from quantspec.models.base import CausalModel
 from quantspec.models.triton_decoder import TritonDecoder
-from quantspec.models.triton_graphs import NO_MEMORY, Graphs
+from quantspec.models.triton_graphs import Graphs, current
 from quantspec.models.triton_rounds import MOST_ROWS
 from quantspec.types import EMPTY_DRAFT, Budget, PendingDraft, Proposal, SamplingParams, Verdict
 
@@ -125,6 +125,10 @@ class TritonEagle(Eagle):
         self._spare.append(state.seat)
         super().close(state)
 
+    def propose(self, states: Sequence[EagleState], views: Sequence[View], budgets: Sequence[Budget]) -> list[Proposal]:
+        with current(self._network.device):
+            return super().propose(states, views, budgets)
+
     def _draft(self, state: EagleState, view: View, budget: Budget) -> Proposal:
         depth = min(self.options.depth, budget.max_depth, view.remaining - 1)
         # While features lag (tokens came without a forward) one empty draft lets the verifier catch up.
@@ -168,7 +172,7 @@ class TritonEagle(Eagle):
         if self._graphs.usable and frame.form in seat.graphs and seat.graphs[frame.form] is None:
             seat.graphs[frame.form] = self._graphs.capture(launch)
             if not self._graphs.usable:
-                self._notice(NO_MEMORY)
+                self._notice(self._graphs.failure)
         replay = seat.graphs.setdefault(frame.form, None)
         if replay is None:
             launch()

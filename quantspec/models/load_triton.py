@@ -16,6 +16,7 @@ from quantspec.models.config import ModelConfig
 from quantspec.models.prove import check_product, prove
 from quantspec.models.quantization import EMBEDDING_MODULE, HEAD_MODULE
 from quantspec.models.triton_decoder import Matmul, TritonDecoder, TritonLayer
+from quantspec.models.triton_graphs import current
 from quantspec.models.weights import HEAD_SCHEMES, Fused, LayerNames, Weights, fuse, round_head
 from quantspec.numerics.affine import QuantizedWeight, dequantize
 
@@ -133,8 +134,9 @@ def load_proven(
 
     Raises as ``load_triton_decoder`` does, ``Unavailable`` where its numbers are wrong, and what compilers raise.
     """
-    model = load_triton_decoder(folder, config, device, dtype, head_bits=head_bits, kernels=kernels, check=True)
-    prove(model)
+    with current(device):
+        model = load_triton_decoder(folder, config, device, dtype, head_bits=head_bits, kernels=kernels, check=True)
+        prove(model)
     return model
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantspec.errors import Unavailable
 from quantspec.kernels.spans import round_up
+from quantspec.models.triton_graphs import NO_GRAPHS
 from quantspec.models.weights import to_dense
 from quantspec.numerics.affine import QuantizedWeight
 from quantspec.types import Batch
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from quantspec.models.triton_decoder import TritonDecoder
 
 ROWS_DIFFER = "its rows change with their number on this device, so what it verifies is exact up to rounding"
-NO_GRAPHS = "CUDA graphs cannot be captured here, so kernels are launched one by one, which is slower"
 PREFIX, ROWS = 240, 64
 """Tokens that stand before the rows compared, which so reach over the end of a chunk of 256 keys; and how many rows."""
 WIDTHS = (3, 9, 31, 48, 64)

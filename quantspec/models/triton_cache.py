@@ -16,6 +16,7 @@ from quantspec.kernels.spans import round_up
 from quantspec.kernels.triton.attention import CHUNK
 from quantspec.kernels.triton.cache import MAX_ROWS, commit
 from quantspec.models.triton_frame import TILES, Frame
+from quantspec.models.triton_graphs import current
 
 if TYPE_CHECKING:
     from quantspec.kernels.draws import Layout
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class Storage:
     """What outlives a cache, since captured graphs hold its addresses.
 
-    ``kv [layers, 2 kv_heads, slots, head_dim]``; ``cos, sin [>= slots, head_dim]``; inputs by number of rows, and
+    ``kv [layers, 2 kv_heads, slots, head_dim]``, or uint8 ``[.., row_bytes]`` of quantized rows; ``cos, sin [>= slots, head_dim]``; inputs by number of rows, and
     graphs by number of rows, taps and what is drawn (None: used once, not captured yet).
     """
 
@@ -88,7 +89,8 @@ class TritonCache:
     def _move(self, start: int, rows: Sequence[int]) -> None:
         kv = self.storage.kv
         numbers = torch.tensor([start, 0, 0, 0, *rows], dtype=torch.int32).to(kv.device, non_blocking=True)
-        commit(kv, numbers[:1], numbers[4:])
+        with current(kv.device):
+            commit(kv, numbers[:1], numbers[4:])
 
     def truncate(self, length: int) -> None:
         """Forget all committed slots from ``length`` on."""

@@ -25,7 +25,7 @@ from quantspec.models.rope import RopeTable
 from quantspec.models.rotation import ResidualRotation
 from quantspec.models.triton_cache import Storage, TritonCache, allocate_kv, slots_for
 from quantspec.models.triton_frame import TILES, Frame, tile_for
-from quantspec.models.triton_graphs import NO_MEMORY, Graphs
+from quantspec.models.triton_graphs import Graphs, current
 from quantspec.models.triton_rounds import Round, rounds_of
 from quantspec.types import Batch, Tap
 
@@ -110,11 +110,13 @@ class TritonDecoder:
     def final_norm(self, x: Tensor) -> Tensor:
         """``[n, H]`` to ``[n, H]``: the head's input, and the "norm" tap."""
         rows = _aligned(x.to(self.dtype).contiguous())
-        return rms_norm(rows, self._norm, self.config.rms_norm_eps)[0].float()
+        with current(self.device):
+            return rms_norm(rows, self._norm, self.config.rms_norm_eps)[0].float()
 
     def head(self, x: Tensor) -> Tensor:
         """Logits ``[n, V]`` in fp32 of normed rows ``[n, H]``."""
-        return self._head(_aligned(x.to(self.dtype).contiguous()))
+        with current(self.device):
+            return self._head(_aligned(x.to(self.dtype).contiguous()))
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: Sequence[Cache], taps: Sequence[Tap] = ()) -> Output:
@@ -136,7 +138,7 @@ class TritonDecoder:
         draws = None
         if drawing is not None:
             draws = torch.empty(len(logits), drawing.layout.width, dtype=torch.int32, device=self.device)
-        with self._lock:
+        with self._lock, current(self.device):
             for part in rounds_of(batch):
                 held = [storages[s] for s in part.sequences]
                 short = len(held) == 1 and part.n <= TILES[-1]
@@ -162,7 +164,7 @@ class TritonDecoder:
 
         if self._graphs.usable and key in storage.graphs and storage.graphs[key] is None:
             storage.graphs[key] = self._graphs.capture(run)
-            self.notes += () if self._graphs.usable else (NO_MEMORY,)
+            self.notes += () if self._graphs.usable else (self._graphs.failure,)
         replay = storage.graphs.setdefault(key, None)
         output = run() if replay is None else replay()
         kept = slice(part.n - len(part.logits), part.n)

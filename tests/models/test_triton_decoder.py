@@ -32,7 +32,7 @@ from quantspec.kernels.triton import attention
 from quantspec.models import triton_frame, triton_rounds
 from quantspec.models.load_triton import load_triton_decoder
 from quantspec.models.triton_decoder import TritonDecoder
-from quantspec.models.triton_graphs import Graphs
+from quantspec.models.triton_graphs import NO_GRAPHS, Graphs
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 160}
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
@@ -261,7 +261,8 @@ def test_graphs(folders: dict[str, Path], device: torch.device) -> None:
 
 
 def test_no_memory_to_capture(folders: dict[str, Path], device: torch.device) -> None:
-    """The text is the same, one line says so, and nothing is captured any more; other errors are not hidden."""
+    """The text is the same, one line says so, and nothing is captured any more; so too where nothing can be captured.
+    Other errors are not hidden."""
     model, text = load(folders["w8-odd"], device, torch.float32), text_of(4)
     eager = decode(model, text, model.new_cache(8, 0))
     ended = RuntimeError("the capture was broken off")
@@ -270,6 +271,9 @@ def test_no_memory_to_capture(folders: dict[str, Path], device: torch.device) ->
     assert torch.equal(decode(model, text, model.new_cache(8, 0)).logits, eager.logits)
     assert graphs.captured == len(model.notes) == 1
     assert "no memory" in model.notes[0]
+    model._graphs = Capturing(RuntimeError("CUDA error: operation not permitted when stream is capturing"))
+    assert torch.equal(decode(model, text, model.new_cache(8, 0)).logits, eager.logits)
+    assert model.notes[1:] == (NO_GRAPHS,)
     model._graphs = Capturing(RuntimeError("an illegal address"))
     with pytest.raises(RuntimeError, match="illegal"):
         decode(model, text, model.new_cache(8, 0))
