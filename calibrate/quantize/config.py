@@ -10,7 +10,7 @@ from quantspec.calibrate.evaluate.config import PositionBin
 from quantspec.errors import UsageError
 from quantspec.numerics.scheme import CHANNEL, KVCacheDtype, Scheme
 
-MethodName = Literal["gptq", "rtn", "mse", "awq"]
+MethodName = Literal["gptq", "rtn", "mse", "awq", "learned"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ RECIPES: dict[str, Recipe] = {
     "rtn": Recipe("rtn"),
     "mse": Recipe("mse"),
     "awq": Recipe("mse", ("awq",)),
+    "learned": Recipe("learned"),
 }
 
 
@@ -40,11 +41,22 @@ class MethodOptions:
     """SmoothQuant: how much of the activations' outliers to move into the weights, up to 1; 0: nothing. 0.5 is usual
     where activations are rounded to 8 bits."""
 
+    learn_steps: int = 500
+    """Learned rounding: steps of gradient descent per linear layer."""
+    learn_rate: float = 0.05
+    """Learned rounding: how far a step moves a weight, in codes."""
+    learn_teraflops: float = 10.0
+    """Learned rounding: work on one linear layer; wide ones take fewer steps. Counted and not timed, so that a resumed
+    run comes out the same."""
+
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise UsageError(f"damping must be above 0 and at most 1, not {self.damping}")
         if not 0 <= self.smooth <= 1:
             raise UsageError(f"smooth must be from 0 to 1, not {self.smooth}")
+        for name in ("learn_steps", "learn_rate", "learn_teraflops"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantspec.calibrate.quantize.methods import gptq, rtn
+from quantspec.calibrate.quantize.methods import gptq, learned, rtn
 from quantspec.calibrate.quantize.methods.base import Method
 
 METHODS: dict[str, Method] = {
@@ -10,4 +10,5 @@ METHODS: dict[str, Method] = {
     # Scales settle on far fewer tokens than codes do, and a forward on 16 times as many would take most of the time.
     "mse": Method(rtn.quantize_linear_mse, frozenset({"hessian"}), max_samples=8),
     "gptq": Method(gptq.quantize_linear, frozenset({"hessian"})),
+    "learned": Method(learned.quantize_linear, frozenset({"hessian"})),
 }
