@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantspec.calibrate import data
+from quantspec.calibrate.memory import give_back_freed_blocks, peak_bytes
 from quantspec.calibrate.quantize import checkpoint, report
 from quantspec.calibrate.quantize.config import (
     Event,
@@ -34,6 +34,7 @@ from quantspec.calibrate.quantize.work import WorkFolder, fingerprint, report_fi
 from quantspec.errors import Interrupted, ModelError, ResourceError, UsageError
 from quantspec.models import atomic
 from quantspec.models.config import KV_CALIBRATED, read_config
+from quantspec.models.quantization import EMBEDDING_MODULE
 from quantspec.models.tensors import TensorInfo, TensorStore
 
 OnEvent = Callable[[Event], None]
@@ -46,6 +47,7 @@ def run(config: QuantizeConfig, on_event: OnEvent | None = None) -> QuantizeRepo
     and ends with the same bytes (given as many threads). Raises ``ModelError``, ``UsageError``, ``ResourceError``, or
     ``Interrupted`` after Ctrl-C.
     """
+    give_back_freed_blocks()
     try:
         with torch.no_grad():
             return _Run(config, on_event or (lambda event: None)).run()
@@ -176,15 +178,18 @@ class _Run:
         dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
         vocabulary = vocabulary_schemes(self.config, bool(raw.get("tie_word_embeddings", False)), dtype)
         for module, scheme in vocabulary.items():
-            weight = tensors.pop(f"{module}.weight")
+            stored = tensors.pop(f"{module}.weight")
+            weight = model.store.get(f"{module}.weight") if isinstance(stored, TensorInfo) else stored
             tensors |= checkpoint.vocabulary_tensors(module, weight, scheme, self.plan.format)
+        if EMBEDDING_MODULE in vocabulary:
+            self._say("note", "its embedding is quantized: quantspec reads that, other engines do not")
         atomic.save_tensors(work.shard(model.config.num_layers), tensors)
         plan = replace(self.plan, vocabulary=vocabulary)
         checkpoint.write_small_files(self.config.model, work.path, raw, plan)
 
     def _report(self, work: WorkFolder, calibration: Tensor | None, held_out: Tensor | None) -> QuantizeReport:
         config, after = self.config, TensorStore(work.path)
-        peak, measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, {}
+        peak, measured = peak_bytes(), {}
         if held_out is not None:
             self._say("evaluate", f"comparing both models on {held_out.numel()} held-out tokens")
             measured = report.against_parent(config, work.path, held_out, self._note)
