@@ -74,6 +74,7 @@ class Engine:
     def __post_init__(self) -> None:
         depth = self.config.tree_depth if self.config.method == "eagle" else self.config.max_nodes
         self.budget = Budget(self.config.max_nodes, depth)
+        self._told.update(self.model.notes)  # by whoever loaded it
 
     @property
     def max_context(self) -> int:

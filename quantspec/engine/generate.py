@@ -24,6 +24,8 @@ def advance(engine: Engine, running: Sequence[Request]) -> list[Chunk]:
     started = perf_counter()
     with torch_threads(engine.torch_threads):
         verdicts = _step(engine, running)
+    for line in engine.model.notes:  # such as that no memory was left to capture a graph
+        engine.notice(line)
     lap = engine.verifier.lap(started)
     return [request.take(verdict, lap) for request, verdict in zip(running, verdicts, strict=True)]
 

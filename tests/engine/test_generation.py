@@ -72,6 +72,14 @@ def engine() -> Callable[..., tuple[LLM, list[str]]]:
     return make
 
 
+def test_what_a_model_notes_on_the_way_is_told_once(engine: Callable[..., tuple[LLM, list[str]]]) -> None:
+    llm, told = engine()
+    llm._engine.model.notes += ("no memory to capture CUDA graphs",)
+    for _ in range(2):
+        llm.generate([3, 4], SamplingParams(max_new_tokens=4))
+    assert told == ["no memory to capture CUDA graphs"]
+
+
 # Streams
 
 
