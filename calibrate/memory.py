@@ -1,8 +1,10 @@
-"""How much memory this process may still take, as the system limits it."""
+"""How much memory this process may still take, as the system limits it, and how much it took."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,26 @@ def available_bytes() -> int | None:
     """The least of what the machine has free, what the process's control group allows it, and its own limits (ulimit);
     None where the system tells nothing."""
     return min(_limits(), default=None)
+
+
+def peak_bytes() -> int:
+    """The most resident memory that this process had."""
+    # getrusage may tell of the parent that this process was forked from.
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+_M_MMAP_THRESHOLD, _BLOCK = -3, 2**20
+
+
+def give_back_freed_blocks() -> None:
+    """Let glibc return each freed block of a megabyte or more to the system at once.
+
+    It learns to keep blocks of up to 32 MB for reuse, and holes between them then add up to more than a decoder layer.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in other C libraries
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, _BLOCK)
 
 
 def _limits() -> Iterator[int]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantspec.calibrate.quantize.stream import StreamedModel
 
-BATCH_TOKENS = 4096  # tokens in one forward of a layer
+BATCH_TOKENS = 2048  # tokens in one forward of a layer
 _HEAD_BLOCK = 16384  # vocabulary entries turned to fp32 at once
 
 
@@ -24,7 +24,9 @@ def hidden_states(model: StreamedModel, ids: Tensor) -> Tensor:
         layer = model.layer(index)
         for batch in batches(hidden):
             batch.copy_(layer.forward(batch.to(model.device)))
-    return model.final_norm(hidden)
+    for batch in batches(hidden):
+        batch.copy_(model.final_norm(batch))
+    return hidden
 
 
 def log_probs(states: Tensor, head: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ class Statistics:
     def add_all(self, inputs: Iterable[Tensor]) -> Statistics:
         for batch in inputs:
             self.add(batch)
+            del batch  # or it would stand beside the next one, which is made before the name is bound anew
         return self
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantspec.calibrate import data
 from quantspec.calibrate.memory import give_back_freed_blocks, peak_bytes
+from quantspec.calibrate.memory import give_back_freed_blocks, peak_bytes
 from quantspec.calibrate.quantize import checkpoint, report
 from quantspec.calibrate.quantize.config import (
     Event,
@@ -47,6 +48,7 @@ def run(config: QuantizeConfig, on_event: OnEvent | None = None) -> QuantizeRepo
     and ends with the same bytes (given as many threads). Raises ``ModelError``, ``UsageError``, ``ResourceError``, or
     ``Interrupted`` after Ctrl-C.
     """
+    give_back_freed_blocks()
     give_back_freed_blocks()
     try:
         with torch.no_grad():
