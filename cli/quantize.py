@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantspec.calibrate.quantize.config import Event, QuantizeConfig
+from quantspec.calibrate.quantize.config import SCHEMES, Event, QuantizeConfig
 from quantspec.cli.invocation import Invocation
 from quantspec.cli.options import Flag, assemble, options_from
 from quantspec.cli.render import megabytes, note, table, use_color
@@ -26,25 +26,38 @@ FLAGS = {
     "bits": Flag(help="Bits per weight."),
     "symmetric": Flag(help="Store no zero points, or do.", off="--asymmetric"),
     "seq_len": Flag(help="Tokens in a row of calibration or held-out text."),
-    "calibration": Flag(help="Text to calibrate on: .jsonl, or .txt split at <|doc|> lines. Default: a bundled set."),
+    "calibration": Flag(
+        help="Text to calibrate on: .jsonl or .json rows, .txt split at <|doc|> lines, or hub:owner/name[:subset][@split]."
+        " Default: a bundled set."
+    ),
+    "calibration_column": Flag(help="Column of the rows to read. Default: the usual names."),
     "held_out": Flag(help="Text for the closing report. Default: a bundled set, disjoint from the calibration text."),
     "seed": Flag(help="Chooses the calibration rows."),
     "device": Flag(help="Where layers are computed: cpu, cuda, ..."),
 }
 
+SCHEME_HELP = "Short for: " + "; ".join(
+    f"{name}, " + " ".join(f"--{option.replace('_', '-')} {value:g}" for option, value in options.items())
+    for name, options in SCHEMES.items()
+)
 DENSE_DEFAULT = "default/target"
 
 
 @click.command
 @click.argument("model")
 @options_from(QuantizeConfig, FLAGS, skip=("model",))
+@click.option("--scheme", type=click.Choice(sorted(SCHEMES)), help=SCHEME_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
-@click.pass_obj
-def quantize(invocation: Invocation, model: str, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def quantize(context: click.Context, model: str, scheme: str | None, as_json: bool, **options: Any) -> None:
     """Quantize MODEL (a folder, a hub id, or `default`) into a new folder that vLLM and SGLang load too.
 
     An interrupted run goes on where it stopped when the same command is given again.
     """
+    invocation: Invocation = context.obj
+    for name, value in SCHEMES.get(scheme or "", {}).items():
+        if context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+            options[name] = value
     # The name is resolved below, when the options are known to be right: it may mean a download.
     assemble(QuantizeConfig, options, model=Path(model))
     from quantspec.calibrate.quantize.run import run

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from quantspec.calibrate.quantize.methods import nf4
 from quantspec.calibrate.quantize.plan import Plan
 from quantspec.models import atomic
 from quantspec.models.quantization import EMBEDDING_MODULE, HEAD_MODULE, Format
@@ -45,6 +46,8 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         }
         for (scheme, embedding), names in targets.items()
     ]
+    if plan.nf4:
+        return nf4.quantization_config([HEAD_MODULE, *sorted(plan.ignored)])
     head = [] if HEAD_MODULE in plan.vocabulary else [HEAD_MODULE]
     return {
         "quant_method": "compressed-tensors",

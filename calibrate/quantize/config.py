@@ -10,7 +10,7 @@ from quantspec.calibrate.evaluate.config import PositionBin
 from quantspec.errors import UsageError
 from quantspec.numerics.scheme import CHANNEL, KVCacheDtype, Scheme
 
-MethodName = Literal["gptq", "rtn", "mse", "awq", "learned"]
+MethodName = Literal["gptq", "rtn", "mse", "awq", "learned", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,17 @@ RECIPES: dict[str, Recipe] = {
     "mse": Recipe("mse"),
     "awq": Recipe("mse", ("awq",)),
     "learned": Recipe("learned"),
+    "nf4": Recipe("nf4"),
 }
+
+
+SCHEMES: dict[str, dict[str, int | float]] = {
+    "w4a16": {"bits": 4},
+    "w8a16": {"bits": 8},
+    "w4a8": {"bits": 4, "activation_bits": 8},
+    "w8a8": {"bits": 8, "activation_bits": 8, "group_size": -1, "smooth": 0.5},
+}
+"""Usual combinations of options, as others name them: weights and activations in so many bits."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +59,17 @@ class MethodOptions:
     """Learned rounding: work on one linear layer; wide ones take fewer steps. Counted and not timed, so that a resumed
     run comes out the same."""
 
+    acceptance_steps: int = 300
+    """Drafters with a ``target``: steps of gradient descent on acceptance."""
+    acceptance_rate: float = 0.02
+    """Drafters with a ``target``: how far a step moves a weight, in codes."""
+
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise UsageError(f"damping must be above 0 and at most 1, not {self.damping}")
         if not 0 <= self.smooth <= 1:
             raise UsageError(f"smooth must be from 0 to 1, not {self.smooth}")
-        for name in ("learn_steps", "learn_rate", "learn_teraflops"):
+        for name in ("learn_steps", "learn_rate", "learn_teraflops", "acceptance_steps", "acceptance_rate"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
 
@@ -90,6 +105,8 @@ class QuantizeConfig:
     """Calibrate factors of key channels for a cache of so few bits, and fold them into the weights; auto: do not."""
     calibration: Path | None = None
     """Text (``.jsonl``, or ``.txt`` split at ``<|doc|>`` lines) to measure inputs on. None: the bundled set."""
+    calibration_column: str | None = None
+    """What to read of each row of the calibration text: text, or a list of messages. None: the usual names."""
     held_out: Path | None = None
     """Text for the closing report. None: the bundled set, disjoint from the calibration text."""
     num_samples: int = 128
@@ -125,12 +142,22 @@ class QuantizeConfig:
                 raise UsageError(f"{name} must be at least {low}, not {getattr(self, name)}")
         for bits in self.widths:
             Scheme(bits)  # refuses others
+        if self.method == "nf4":
+            self._check_nf4()
         if self.bits_per_weight is not None and not self.widths:
             raise UsageError("no widths to choose among", hint="name some, like --widths 4 --widths 8")
         if self.activation_bits not in (8, 16):
             raise UsageError(f"activation_bits must be 8 or 16, not {self.activation_bits}")
         if self.activation_bits == 8:
             self._check_int8()
+
+    def _check_nf4(self) -> None:
+        for name, value in (("bits", 4), ("symmetric", True), ("activation_bits", 16), ("kv_cache_dtype", "auto")):
+            if getattr(self, name) != value:
+                raise UsageError(f"NF4 has {name} {value} alone", hint="leave it out, or choose another --method")
+        for name in ("head_bits", "embedding_bits", "bits_per_weight"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"{name} does not go with NF4", hint="leave it out, or choose another --method")
 
     def _check_int8(self) -> None:
         """What engines' int8 products cannot do."""
@@ -142,6 +169,16 @@ class QuantizeConfig:
             raise UsageError(
                 "weights and activations of 8 bits go with one scale per output channel", hint="add --group-size -1"
             )
+
+
+@dataclass(frozen=True)
+class AcceptanceReport:
+    """What rounding a drafter for its target's acceptance did: the mean probability that a drawn token is accepted,
+    ``before`` and ``after``, on calibration text kept apart, and the share of codes it ``changed``."""
+
+    before: float
+    after: float
+    changed: float
 
 
 @dataclass(frozen=True)

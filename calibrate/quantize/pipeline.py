@@ -13,8 +13,7 @@ from quantspec.calibrate.quantize.checkpoint import STORED
 from quantspec.calibrate.quantize.config import LayerResult, QuantizeConfig
 from quantspec.calibrate.quantize.evaluate import batches
 from quantspec.calibrate.quantize.layer import PROJECTIONS, STAGES, DecoderLayer
-from quantspec.calibrate.quantize.methods.base import all_finite
-from quantspec.calibrate.quantize.methods.base import all_finite
+from quantspec.calibrate.quantize.methods.base import ForeignWeight, all_finite
 from quantspec.calibrate.quantize.methods.registry import METHODS
 from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.calibrate.quantize.plan import Plan
@@ -23,7 +22,7 @@ from quantspec.calibrate.quantize.transforms.base import ModelTransform
 from quantspec.calibrate.quantize.transforms.registry import LAYER_TRANSFORMS
 from quantspec.errors import ModelError
 from quantspec.models.tensors import TensorStore
-from quantspec.numerics.affine import dequantize
+from quantspec.numerics.affine import QuantizedWeight, dequantize
 from quantspec.numerics.scheme import Scheme
 
 
@@ -64,7 +63,6 @@ class LayerPipeline:
         changed, scaled = self._transform(layer, index, hidden)
         tensors = self._kept(layer, index, store, changed)
         results: list[LayerResult] = []
-        store_weight = STORED[self.plan.format]
         inputs = stage_inputs(layer, hidden, self.config.device) if hidden is not None else [None] * len(STAGES)
         for stage, batches_in in zip(STAGES, inputs, strict=True):
             started = time.perf_counter()
@@ -76,8 +74,7 @@ class LayerPipeline:
                 scheme = self.plan.schemes[name]
                 weight = layer.weights[f"{short}.weight"]
                 solution = self.method.quantize_linear(name, weight, scheme, statistics, self.config.options)
-                layer.weights[f"{short}.weight"] = dequantize(solution.quantized)
-                stored = store_weight(solution.quantized)
+                layer.weights[f"{short}.weight"], stored = self._as_stored(solution.quantized)
                 tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 results.append(replace(solution.result(name, seconds), scaled=scaled[short]))
@@ -87,6 +84,12 @@ class LayerPipeline:
             if not all_finite(hidden):
                 raise ModelError(f"layer {index} of {self.config.model} gives NaN or Inf on the calibration text")
         return tensors, results
+
+    def _as_stored(self, quantized: QuantizedWeight | ForeignWeight) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weight that it stands for, and the tensors that hold it, by their suffix."""
+        if isinstance(quantized, ForeignWeight):
+            return quantized.dense, quantized.tensors
+        return dequantize(quantized), STORED[self.plan.format](quantized)
 
     def _transform(
         self, layer: DecoderLayer, index: int, hidden: Tensor | None

@@ -24,6 +24,8 @@ class Plan:
     ignored: frozenset[str]
     vocabulary: Mapping[str, Scheme] = field(default_factory=dict)
     activation_bits: int = 16
+    nf4: bool = False
+    """In bitsandbytes' format, to which ``schemes`` do not apply."""
 
     @property
     def scheme(self) -> Scheme:
@@ -66,7 +68,8 @@ class Plan:
         if len(ignored) == len(names):
             raise UsageError("--ignore leaves nothing to quantize")
         dtype = str(model.store.info(f"{names[0]}.weight").dtype).removeprefix("torch.")
-        scheme = Scheme(config.bits, config.group_size, config.symmetric, dtype)
+        nf4 = config.method == "nf4"
+        scheme = Scheme(config.bits, CHANNEL if nf4 else config.group_size, config.symmetric, dtype)
         for name in names:
             k = model.store.shape(f"{name}.weight")[1]
             if scheme.group_size != CHANNEL and k % scheme.group_size and name not in ignored:
@@ -75,7 +78,8 @@ class Plan:
                     hint="choose a --group-size that divides them, or -1 for one scale per channel",
                 )
         vocabulary = vocabulary_schemes(config, model.config.tied, dtype)
-        return cls({name: scheme for name in names if name not in ignored}, ignored, vocabulary, config.activation_bits)
+        schemes = {name: scheme for name in names if name not in ignored}
+        return cls(schemes, ignored, vocabulary, config.activation_bits, nf4)
 
 
 def vocabulary_schemes(config: QuantizeConfig, tied: bool, dtype: str) -> dict[str, Scheme]:

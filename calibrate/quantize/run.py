@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from quantspec.calibrate import data
-from quantspec.calibrate.memory import give_back_freed_blocks, peak_bytes
 from quantspec.calibrate.memory import give_back_freed_blocks, peak_bytes
 from quantspec.calibrate.quantize import checkpoint, report
 from quantspec.calibrate.quantize.config import (
@@ -26,6 +25,7 @@ from quantspec.calibrate.quantize.evaluate import batches
 from quantspec.calibrate.quantize.interrupt import deferred_interrupt
 from quantspec.calibrate.quantize.layer import DecoderLayer
 from quantspec.calibrate.quantize.page import html
+from quantspec.calibrate.quantize.methods import nf4
 from quantspec.calibrate.quantize.pipeline import LayerPipeline
 from quantspec.calibrate.quantize.plan import Plan, vocabulary_schemes
 from quantspec.calibrate.quantize.sensitivity import assign, linear_sizes, mean_bits, narrowest
@@ -49,7 +49,6 @@ def run(config: QuantizeConfig, on_event: OnEvent | None = None) -> QuantizeRepo
     ``Interrupted`` after Ctrl-C.
     """
     give_back_freed_blocks()
-    give_back_freed_blocks()
     try:
         with torch.no_grad():
             return _Run(config, on_event or (lambda event: None)).run()
@@ -72,6 +71,8 @@ class _Run:
         self.source = StreamedModel(config.model, config.device)
         atomic.verify_manifest(config.model)
         self.plan = Plan.of(config, self.source)
+        if self.plan.nf4:
+            nf4.require()
         self.transform = model_transform(config, self.source)
         self.pipeline = LayerPipeline(config, self.plan, self.transform, self._on_result)
         if config.bits_per_weight is not None:
@@ -116,10 +117,24 @@ class _Run:
         tokenizer = data.load_tokenizer(self.config.model)
         eos = next(iter(self.source.config.eos_ids), None)
         length = min(self.config.seq_len, self.source.config.max_positions)
-        rows = data.token_rows(data.load_texts(path), tokenizer, eos, length, num_rows, seed)
+        calibrating = seed is not None
+        texts = self._documents(path) if calibrating else data.load_documents(path)
+        rows = data.token_rows(texts, tokenizer, eos, length, num_rows, seed)
+        if calibrating and rows.shape[1] < length:
+            raise ModelError(
+                f"the calibration text {path} has {rows.shape[1]} tokens, and one row takes {length}",
+                hint="give more text, or lower --seq-len",
+            )
+        if calibrating and len(rows) < num_rows and self.config.calibration is not None:
+            self._say("note", f"the calibration text fills {len(rows)} of {num_rows} rows")
         if int(rows.max()) >= self.source.config.vocab_size:
             raise ModelError(f"the tokenizer in {self.config.model} has tokens that the model's vocabulary lacks")
         return rows
+
+    def _documents(self, path: Path) -> Sequence[data.Document]:
+        """The calibration text, in the model's chat template where it is a chat and there is one."""
+        column = self.config.calibration_column if self.config.calibration is not None else None
+        return data.load_documents(path, column, data.chat_of(self.config.model))
 
     def _quantize_layers(self, work: WorkFolder, calibration: Tensor | None) -> None:
         hidden = None if calibration is None else self.source.embed(calibration)
@@ -204,7 +219,7 @@ class _Run:
             bytes_after=after.nbytes(),
             peak_bytes=peak,
             tensor_bytes=self.pipeline.tensor_bytes,
-            bits_per_weight=mean_bits(self.plan.schemes, linear_sizes(self.source)),
+            bits_per_weight=None if self.plan.nf4 else mean_bits(self.plan.schemes, linear_sizes(self.source)),
             sensitivity=self.sensitivity,
             layers=[result for layer in work.results for result in layer],
             bytes_by_part=report.bytes_by_part(self.source.store, after),

@@ -12,6 +12,7 @@ import torch
 
 from quantspec.calibrate.quantize.config import Event, QuantizeConfig, Sensitivity
 from quantspec.calibrate.quantize.layer import STAGES
+from quantspec.calibrate.quantize.methods import nf4
 from quantspec.calibrate.quantize.plan import Plan
 from quantspec.calibrate.quantize.run import run
 from quantspec.calibrate.quantize.sensitivity import (
@@ -23,7 +24,7 @@ from quantspec.calibrate.quantize.sensitivity import (
     solve,
 )
 from quantspec.calibrate.quantize.stream import StreamedModel
-from quantspec.errors import UsageError
+from quantspec.errors import Unavailable, UsageError
 from quantspec.models import atomic
 from quantspec.models.config import ModelConfig
 from quantspec.models.load import load_model
@@ -268,3 +269,58 @@ def test_impossible_schemes(configure: Configure, options: dict[str, Any], messa
     with pytest.raises(UsageError, match=message) as caught:
         configure(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"bits": 8}, "NF4 has bits 4 alone"),
+        ({"symmetric": False}, "NF4 has symmetric True alone"),
+        ({"head_bits": 8}, "head_bits does not go with NF4"),
+        ({"bits_per_weight": 4.25}, "bits_per_weight does not go with NF4"),
+    ],
+)
+def test_nf4_has_no_other_scheme(configure: Configure, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        configure(method="nf4", **options)
+
+
+def test_nf4_without_its_package_is_one_line(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = "the package bitsandbytes is not installed"
+    monkeypatch.setattr(nf4, "lacking", lambda package, oldest: missing if package == "bitsandbytes" else None)
+    config = configure(method="nf4")
+    with pytest.raises(Unavailable, match=f"^NF4 is made by bitsandbytes: {missing}$") as caught:
+        run(config)
+    assert caught.value.hint == "pip install 'quantspec[bnb]'"
+    assert not config.out.with_name("out.partial").exists()
+
+
+def test_nf4_is_what_transformers_makes_of_it(configure: Configure, tmp_path: Path) -> None:
+    """The same codes and scales as its own quantization at load, in a folder that HFModel runs."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra bnb)")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = configure(method="nf4", ignore=("model.layers.0.mlp.*",))
+    report = run(config)
+    assert report.bytes_after < 0.6 * report.bytes_before  # a 24th of which is dense, and tiny layers have large tables
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", *(f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down"))],
+    )
+    module = AutoModelForCausalLM.from_pretrained(
+        config.model, quantization_config=how, device_map={"": "cpu"}, dtype=torch.bfloat16
+    )
+    module.save_pretrained(tmp_path / "theirs")
+    ours, theirs = TensorStore(config.out), TensorStore(tmp_path / "theirs")
+    assert set(ours) == set(theirs)
+    for name in ours:
+        if "quant_state" not in name:  # JSON, whose keys may come in any order
+            assert torch.equal(ours.get(name), theirs.get(name)), name
+    model = load_model(config.out)
+    assert model.backend == "transformers"
+    a, b = logits(config.out), logits(tmp_path / "theirs")
+    assert float((a - b).abs().max()) < 1e-5  # one model twice
+    assert report.perplexity_after is not None

@@ -16,17 +16,28 @@ from quantspec.numerics.scheme import Scheme
 
 
 @dataclass(frozen=True)
+class ForeignWeight:
+    """A weight in another package's format: what it stands for, ``dense [N, K]`` in fp32, and the tensors that hold it,
+    by their suffix."""
+
+    dense: Tensor
+    tensors: dict[str, Tensor]
+    bits: int
+
+
+@dataclass(frozen=True)
 class Solution:
     """A quantized linear layer and how it was reached (fields as in ``LayerResult``)."""
 
-    quantized: QuantizedWeight
+    quantized: QuantizedWeight | ForeignWeight
     method: str
     error: float
     damping: float | None = None
     fallback_reason: str | None = None
 
     def result(self, name: str, seconds: float) -> LayerResult:
-        bits = self.quantized.scheme.bits
+        quantized = self.quantized
+        bits = quantized.bits if isinstance(quantized, ForeignWeight) else quantized.scheme.bits
         return LayerResult(name, self.method, self.error, self.damping, round(seconds, 3), self.fallback_reason, bits)
 
 

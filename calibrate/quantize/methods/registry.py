@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantspec.calibrate.quantize.methods import gptq, learned, rtn
+from quantspec.calibrate.quantize.methods import gptq, learned, nf4, rtn
 from quantspec.calibrate.quantize.methods.base import Method
 
 METHODS: dict[str, Method] = {
@@ -11,4 +11,5 @@ METHODS: dict[str, Method] = {
     "mse": Method(rtn.quantize_linear_mse, frozenset({"hessian"}), max_samples=8),
     "gptq": Method(gptq.quantize_linear, frozenset({"hessian"})),
     "learned": Method(learned.quantize_linear, frozenset({"hessian"})),
+    "nf4": Method(nf4.quantize_linear),
 }
