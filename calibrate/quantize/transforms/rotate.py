@@ -1,8 +1,8 @@
 """Hadamard rotations folded into the weights (QuaRot, arXiv 2404.00456; SpinQuant's R1 and R2, arXiv 2405.16406).
 
-R1 turns the residual stream: all that writes to it is rotated, all that reads it rotated back, so that no channel towers
-over the others. It commutes with a norm that has no weight, so those are folded into the next layers first. The LM head
-takes the final one, and is no longer the embedding. R2 turns the values of each head, between v_proj and o_proj.
+R1 turns the residual stream: all that writes to it is rotated, all that reads it rotated back, so that no channel
+towers over the others. It commutes with a norm that has no weight, so those are folded into the next layers first. The
+LM head takes the final one, and is no longer the embedding. R2 turns the values of each head, from v_proj to o_proj.
 """
 
 from __future__ import annotations
