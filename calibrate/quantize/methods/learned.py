@@ -95,7 +95,7 @@ def settle(weight: Tensor, hessian: Tensor, start: QuantizedWeight) -> Tensor:
     scale, _ = _expanded(start)
     slope = (dequantize(start) - weight) @ hessian
     rows = torch.arange(len(codes), device=codes.device)
-    for _ in range(codes.shape[1]):  # a bound that is never near
+    for _ in range(8 * codes.shape[1]):  # a bound that is not near: learned codes take some ten steps per row
         # A step of +-1 costs scale^2 H_kk +- 2 scale slope: the best direction is against the slope.
         sign = -slope.sign()
         gain = (2 * scale * slope.abs()).sub_(scale.square() * curvature)
