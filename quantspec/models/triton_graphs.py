@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Protocol, TypeVar
 
 import torch
@@ -49,6 +49,9 @@ class Graphs:
                 self.failure = NO_GRAPHS
             else:
                 raise
+            # Broken off, a capture stays open in torch's allocator, which would refuse to give memory back ever after.
+            with suppress(RuntimeError, AttributeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, self._pool)  # type: ignore[arg-type]
         self.usable = False
         return None
 
