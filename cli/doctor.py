@@ -27,6 +27,7 @@ OPTIONAL = {
     "optimum": ("optimum", "pip install 'quantspec[interop]'"),
     "compressed-tensors": ("compressed_tensors", "pip install 'quantspec[interop]'"),
     "gguf": ("gguf", "pip install 'quantspec[interop]'"),
+    "lm_eval": ("lm_eval", "pip install 'quantspec[lm-eval]'"),
     "gptqmodel": ("gptqmodel", "for the backend gptqmodel-marlin; wants a newer torch, in an environment of its own"),
     "auto-gptq": ("auto_gptq", "archived; does not import under transformers 5"),
     "marlin-kernels": ("marlin_kernels", "cannot be built from its source package"),

@@ -39,6 +39,8 @@ def eval(model: str, html: Path | None, as_json: bool, **options: Any) -> None:
     It runs on the kernels that `quantspec generate` would take with the same options.
     """
     config = assemble(EvalConfig, options, model=model)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars; read when tqdm is imported
     if html is not None:
         _check_place(html)
     from quantspec.calibrate.evaluate.run import evaluate

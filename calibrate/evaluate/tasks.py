@@ -109,8 +109,8 @@ class HarnessModel:
         return self.score(before, after)
 
     def loglikelihood_rolling(self, text: str) -> float:
-        """log p(text) in nats, in windows of the model's context: each token is predicted once, and the last window
-        looks back as far as it can."""
+        """log p(text) in nats, in windows of the model's context: each token is predicted once, the first from the
+        BOS, and the last window looks back as far as it can."""
         tokens, size = self.tokenizer.encode(text, add_special=False), self.max_length
         total = 0.0
         for start in range(0, len(tokens), size):

@@ -173,18 +173,19 @@ def _bars(parts: Sequence[PartBytes]) -> str:
         ("before", lambda one: one.before),
         ("after", lambda one: one.after),
     )
+    parts = [one for one in parts if one.before or one.after]
     most = max(sum(size(one) for one in parts) for _, size in sides) or 1
     drawn = []
     for row, (label, size) in enumerate(sides):
         x, y = float(_LEFT), 34 * row
         drawn.append(f'<text x="{_LEFT - 8}" y="{y + 17}" text-anchor="end">{label}</text>')
-        for color, one in zip(colors, parts, strict=True):
+        for color, one in zip(colors, parts, strict=False):
             width = size(one) / most * 700
             tip = f"<title>{escape(one.part)}: {count_bytes(size(one))}</title>"
             drawn.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="26" fill="{color}">{tip}</rect>')
             x += width
     x = float(_LEFT)
-    for color, one in zip(colors, parts, strict=True):
+    for color, one in zip(colors, parts, strict=False):
         drawn.append(f'<rect x="{x}" y="76" width="11" height="11" fill="{color}" stroke="{LINE}"/>')
         drawn.append(f'<text x="{x + 16}" y="86">{escape(one.part)}</text>')
         x += 36 + 7 * len(one.part)
