@@ -60,7 +60,8 @@ def compare_methods(
     increase = {}
     for method in dict.fromkeys(("rtn", *methods)):
         with tempfile.TemporaryDirectory() as folder:
-            run(replace(config, method=method, out=Path(folder) / "out"))
+            rotate = config.rotate and method != "rtn"  # the measure of all
+            run(replace(config, method=method, rotate=rotate, out=Path(folder) / "out"))
             after = losses(Path(folder) / "out", rows, config.device)
         increase[method] = (after - dense).double().mean(1)
         print(f"{method}, {config.bits} bits: +{increase[method].mean():.5f} nats per token", file=sys.stderr)
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--methods", choices=list(RECIPES), nargs="+", default=["mse", "gptq"])
     parser.add_argument("--rows", type=int, default=128, help="held-out rows of --seq-len tokens")
     parser.add_argument("--held-out", type=Path, default=data.HELD_OUT)
+    parser.add_argument("--rotate", action="store_true", help="as `quantspec quantize --rotate`, but round-to-nearest")
     for name in ("group_size", "calibration", "num_samples", "seq_len", "device"):
         default = getattr(QuantizeConfig, name)
         kind = Path if default is None else type(default)

@@ -188,8 +188,8 @@ class _Run:
         tensors: dict[str, Tensor | TensorInfo] = {name: model.store.info(name) for name in names}
         raw = read_config(self.config.model)
         if self.transform is not None:
-            tensors = {name: model.store.get(name) for name in names}
-            tensors, raw = self.transform.rest(tensors), self.transform.config(raw, work.path)
+            tensors |= self.transform.rest({name: model.store.get(name) for name in names})
+            raw = self.transform.config(raw, work.path)
         if self.config.kv_cache_dtype != "auto":
             raw |= {KV_CALIBRATED: True}
         dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
