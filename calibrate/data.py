@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantspec.calibrate.documents import Chat, Document, load_documents
 from quantspec.errors import ModelError
+
+__all__ = ["CALIBRATION", "HELD_OUT", "Document", "chat_of", "load_documents", "load_texts", "load_tokenizer", "token_rows"]
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BUNDLED = Path(__file__).parent / "quantize" / "data"
 CALIBRATION, HELD_OUT = _BUNDLED / "calibration.jsonl", _BUNDLED / "held_out.jsonl"
-DOC_BREAK = "<|doc|>"
 
 
 def load_texts(path: Path) -> list[str]:
-    """The documents of a ``.jsonl`` file (``text``, or ``question`` and ``answer``), or of a text file split at
-    ``<|doc|>`` lines. Raises ``ModelError`` when the file is missing, empty or not of that form."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read text from {path}: {error}") from error
-    if path.suffix == ".jsonl":
-        lines = enumerate(content.split("\n"), start=1)
-        texts = [_row_text(path, number, line) for number, line in lines if line.strip()]
-    else:
-        texts = content.split(DOC_BREAK)
-    texts = [text.strip() for text in texts if text.strip()]
-    if not texts:
-        raise ModelError(f"{path} holds no text")
-    return texts
+    """The documents of ``path`` as plain text. Raises as ``load_documents``."""
+    return [document.text for document in load_documents(path)]
 
 
-def _row_text(path: Path, number: int, line: str) -> str:
-    hint = 'each line must be {"text": ...} or {"question": ..., "answer": ...}'
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ModelError(f"{path}, line {number}: not JSON", hint=hint) from error
-    if isinstance(row, dict) and isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
-        return f"Question: {row['question'].strip()}\nAnswer: {row['answer'].strip()}"
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return str(row["text"])
-    raise ModelError(f"{path}, line {number}: no text", hint=hint)
+def chat_of(folder: Path) -> Chat | None:
+    """The chat template of a model folder, for whole conversations; None where there is none."""
+    from quantspec.models.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(folder)
+    if tokenizer.chat_template is None:
+        return None
+    return lambda messages: tokenizer.chat(messages, add_generation_prompt=False)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -63,10 +48,15 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def token_rows(
-    texts: Sequence[str], tokenizer: Any, eos_id: int | None, seq_len: int, num_rows: int, seed: int | None
+    texts: Sequence[str | Document],
+    tokenizer: Any,
+    eos_id: int | None,
+    seq_len: int,
+    num_rows: int,
+    seed: int | None,
 ) -> Tensor:
     """Rows of token ids ``[rows, seq_len]`` int64: documents shuffled by ``seed`` (None: kept in order), each encoded
-    with its special tokens and closed by ``eos_id``, joined end to end and cut. At most ``num_rows``; a short text
+    with its special tokens and closed by ``eos_id`` (unless a chat template did that), joined end to end and cut. At most ``num_rows``; a short text
     gives fewer rows, and less than ``seq_len`` tokens one shorter row."""
     import torch
 
@@ -75,7 +65,11 @@ def token_rows(
         random.Random(seed).shuffle(order)
     ids: list[int] = []
     for text in order:
-        ids += tokenizer.encode(text).ids + ([] if eos_id is None else [eos_id])
+        if isinstance(text, Document) and text.templated:
+            ids += tokenizer.encode(text.text, add_special_tokens=False).ids
+        else:
+            plain = text.text if isinstance(text, Document) else text
+            ids += tokenizer.encode(plain).ids + ([] if eos_id is None else [eos_id])
         if len(ids) >= seq_len * num_rows:
             break
     if len(ids) < 2:

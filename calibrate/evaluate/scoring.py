@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from quantspec.calibrate.evaluate.config import PositionBin
-from quantspec.calibrate.quantize.evaluate import hidden_states, log_probs
+from quantspec.calibrate.quantize.evaluate import hidden_states
 from quantspec.calibrate.quantize.stream import StreamedModel
 from quantspec.models.base import CausalModel
 from quantspec.numerics.measures import kl_divergence
 from quantspec.types import Batch
 
 CHUNK = 256  # positions whose log-probabilities over the vocabulary stand in memory at once
+_HEAD_BLOCK = 4096  # vocabulary entries turned to fp32 at once
 _BINS = 16
 _RESAMPLES = 2000
 
@@ -45,10 +46,12 @@ def scores_as_run(model: CausalModel, ids: Tensor, on_row: Callable[[int], None]
 @torch.no_grad()
 def scores_streamed(model: StreamedModel, ids: Tensor) -> Scores:
     """Of ``ids [S, T]``, in fp32 with the weights as stored, one decoder layer in memory at a time."""
-    states, head = hidden_states(model, ids), model.head()
-    for row in states:
+    for row in hidden_states(model, ids):
         for part in row[:-1].split(CHUNK):
-            yield log_probs(part.to(model.device), head)
+            on_device = part.to(model.device)
+            # The head comes from disk in blocks too: where layers are streamed, it may be larger than several of them.
+            logits = torch.cat([on_device @ block.T for block in model.head_blocks(_HEAD_BLOCK)], dim=1)
+            yield logits.log_softmax(1)
 
 
 @dataclass(frozen=True)

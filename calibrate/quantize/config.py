@@ -107,6 +107,8 @@ class QuantizeConfig:
     """Text (``.jsonl``, or ``.txt`` split at ``<|doc|>`` lines) to measure inputs on. None: the bundled set."""
     calibration_column: str | None = None
     """What to read of each row of the calibration text: text, or a list of messages. None: the usual names."""
+    calibration_column: str | None = None
+    """What to read of each row of the calibration text: text, or a list of messages. None: the usual names."""
     held_out: Path | None = None
     """Text for the closing report. None: the bundled set, disjoint from the calibration text."""
     num_samples: int = 128

@@ -136,6 +136,11 @@ class _Run:
         column = self.config.calibration_column if self.config.calibration is not None else None
         return data.load_documents(path, column, data.chat_of(self.config.model))
 
+    def _documents(self, path: Path) -> Sequence[data.Document]:
+        """The calibration text, in the model's chat template where it is a chat and there is one."""
+        column = self.config.calibration_column if self.config.calibration is not None else None
+        return data.load_documents(path, column, data.chat_of(self.config.model))
+
     def _quantize_layers(self, work: WorkFolder, calibration: Tensor | None) -> None:
         hidden = None if calibration is None else self.source.embed(calibration)
         if hidden is not None and self.transform is not None:
