@@ -13,7 +13,7 @@ from quantspec.calibrate.quantize.checkpoint import STORED
 from quantspec.calibrate.quantize.config import LayerResult, QuantizeConfig
 from quantspec.calibrate.quantize.evaluate import batches
 from quantspec.calibrate.quantize.layer import PROJECTIONS, STAGES, DecoderLayer
-from quantspec.calibrate.quantize.methods.base import ForeignWeight, all_finite
+from quantspec.calibrate.quantize.methods.base import ForeignSolution, Solution, all_finite
 from quantspec.calibrate.quantize.methods.registry import METHODS
 from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.calibrate.quantize.plan import Plan
@@ -22,7 +22,7 @@ from quantspec.calibrate.quantize.transforms.base import ModelTransform
 from quantspec.calibrate.quantize.transforms.registry import LAYER_TRANSFORMS
 from quantspec.errors import ModelError
 from quantspec.models.tensors import TensorStore
-from quantspec.numerics.affine import QuantizedWeight, dequantize
+from quantspec.numerics.affine import dequantize
 from quantspec.numerics.scheme import Scheme
 
 
@@ -63,6 +63,7 @@ class LayerPipeline:
         changed, scaled = self._transform(layer, index, hidden)
         tensors = self._kept(layer, index, store, changed)
         results: list[LayerResult] = []
+        # zip asks for the stage after the last, with which the states move past the layer.
         inputs = stage_inputs(layer, hidden, self.config.device) if hidden is not None else [None] * len(STAGES)
         for stage, batches_in in zip(STAGES, inputs, strict=True):
             started = time.perf_counter()
@@ -74,22 +75,20 @@ class LayerPipeline:
                 scheme = self.plan.schemes[name]
                 weight = layer.weights[f"{short}.weight"]
                 solution = self.method.quantize_linear(name, weight, scheme, statistics, self.config.options)
-                layer.weights[f"{short}.weight"], stored = self._as_stored(solution.quantized)
+                layer.weights[f"{short}.weight"], stored = self._as_stored(solution)
                 tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 results.append(replace(solution.result(name, seconds), scaled=scaled[short]))
                 self.on_result(results[-1])
-        if hidden is not None:
-            _pass_mlp(layer, hidden, self.config.device)
-            if not all_finite(hidden):
-                raise ModelError(f"layer {index} of {self.config.model} gives NaN or Inf on the calibration text")
+        if hidden is not None and not all_finite(hidden):
+            raise ModelError(f"layer {index} of {self.config.model} gives NaN or Inf on the calibration text")
         return tensors, results
 
-    def _as_stored(self, quantized: QuantizedWeight | ForeignWeight) -> tuple[Tensor, dict[str, Tensor]]:
+    def _as_stored(self, solution: Solution | ForeignSolution) -> tuple[Tensor, dict[str, Tensor]]:
         """The weight that it stands for, and the tensors that hold it, by their suffix."""
-        if isinstance(quantized, ForeignWeight):
-            return quantized.dense, quantized.tensors
-        return dequantize(quantized), STORED[self.plan.format](quantized)
+        if isinstance(solution, ForeignSolution):
+            return solution.dense, solution.tensors
+        return dequantize(solution.quantized), STORED[self.plan.format](solution.quantized)
 
     def _transform(
         self, layer: DecoderLayer, index: int, hidden: Tensor | None
@@ -145,7 +144,8 @@ def stage_inputs(layer: DecoderLayer, hidden: Tensor, device: str) -> Iterator[I
     """For each of ``STAGES``, the batches its linear layers read.
 
     Whoever takes a stage's batches puts the quantized weights into ``layer`` before taking the next stage's, which pass
-    through them. ``hidden [S, T, H]`` moves past the attention, in place.
+    through them. ``hidden [S, T, H]`` moves, in place, past the attention and, when all stages are taken, past the
+    layer.
     """
     config = layer.config
     attended = hidden.new_empty(*hidden.shape[:2], config.num_heads * config.head_dim)
@@ -163,12 +163,19 @@ def stage_inputs(layer: DecoderLayer, hidden: Tensor, device: str) -> Iterator[I
     yield (layer.attention_input(states.to(device)) for states in batches(hidden))
     yield attention_outputs(attended)
     yield mlp_inputs(attended)
+    room = attended.nbytes
     del attended  # the widest Hessian, of the last stage, takes its place
-    yield (layer.gated(layer.mlp_input(states.to(device))) for states in batches(hidden))
+    # Inputs of down_proj are read twice, to quantize it and to run it: those that have room are not computed anew.
+    kept: dict[int, Tensor] = {}
 
+    def down_inputs() -> Iterator[Tensor]:
+        for number, states in enumerate(batches(hidden)):
+            inputs = layer.gated(layer.mlp_input(states.to(device)))
+            if not kept or (len(kept) + 1) * inputs.nbytes <= room:
+                kept[number] = inputs
+            yield inputs
 
-def _pass_mlp(layer: DecoderLayer, hidden: Tensor, device: str) -> None:
-    """Move ``hidden [S, T, H]``, in place, from behind the attention to behind the layer."""
-    for states in batches(hidden):
-        on_device = states.to(device)
-        states.copy_(on_device + layer.linear("mlp.down_proj", layer.gated(layer.mlp_input(on_device))))
+    yield down_inputs()
+    for number, states in enumerate(batches(hidden)):
+        inputs = kept.pop(number) if number in kept else layer.gated(layer.mlp_input(states.to(device)))
+        states.copy_(states.to(device) + layer.linear("mlp.down_proj", inputs))

@@ -16,32 +16,36 @@ from quantspec.numerics.scheme import Scheme
 
 
 @dataclass(frozen=True)
-class ForeignWeight:
-    """A weight in another package's format: what it stands for, ``dense [N, K]`` in fp32, and the tensors that hold it,
-    by their suffix."""
-
-    dense: Tensor
-    tensors: dict[str, Tensor]
-    bits: int
-
-
-@dataclass(frozen=True)
 class Solution:
     """A quantized linear layer and how it was reached (fields as in ``LayerResult``)."""
 
-    quantized: QuantizedWeight | ForeignWeight
+    quantized: QuantizedWeight
     method: str
     error: float
     damping: float | None = None
     fallback_reason: str | None = None
 
     def result(self, name: str, seconds: float) -> LayerResult:
-        quantized = self.quantized
-        bits = quantized.bits if isinstance(quantized, ForeignWeight) else quantized.scheme.bits
+        bits = self.quantized.scheme.bits
         return LayerResult(name, self.method, self.error, self.damping, round(seconds, 3), self.fallback_reason, bits)
 
 
-QuantizeLinear = Callable[[str, Tensor, Scheme, Statistics, MethodOptions], Solution]
+@dataclass(frozen=True)
+class ForeignSolution:
+    """A linear layer in another package's format: what it stands for, ``dense [N, K]`` in fp32, and the tensors that
+    hold it, by their suffix."""
+
+    dense: Tensor
+    tensors: dict[str, Tensor]
+    bits: int
+    method: str
+    error: float
+
+    def result(self, name: str, seconds: float) -> LayerResult:
+        return LayerResult(name, self.method, self.error, seconds=round(seconds, 3), bits=self.bits)
+
+
+QuantizeLinear = Callable[[str, Tensor, Scheme, Statistics, MethodOptions], Solution | ForeignSolution]
 """Quantize the linear layer of that name, ``weight [N, K]`` in fp32, which must not be changed. Raises ``ModelError``
 when the weight holds NaN or Inf."""
 

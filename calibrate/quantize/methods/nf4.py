@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantspec.calibrate.quantize.config import MethodOptions
-from quantspec.calibrate.quantize.methods.base import ForeignWeight, Solution, check_finite
+from quantspec.calibrate.quantize.methods.base import ForeignSolution, check_finite
 from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.errors import Unavailable
 from quantspec.kernels.packages import lacking
@@ -31,7 +31,7 @@ def require() -> None:
 
 def quantize_linear(
     name: str, weight: Tensor, scheme: Scheme, statistics: Statistics, options: MethodOptions
-) -> Solution:
+) -> ForeignSolution:
     """As bitsandbytes rounds the weight in its stored type; of ``scheme`` only that type counts."""
     from bitsandbytes import functional
 
@@ -41,7 +41,7 @@ def quantize_linear(
     parts = {"weight": packed} | {f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}
     dense = functional.dequantize_4bit(packed, state).float()
     tensors = {suffix: part.cpu().contiguous() for suffix, part in parts.items()}
-    return Solution(ForeignWeight(dense, tensors, bits=4), "nf4", relative_mse(dense, weight))
+    return ForeignSolution(dense, tensors, 4, "nf4", relative_mse(dense, weight))
 
 
 def quantization_config(ignored: Sequence[str]) -> dict[str, Any]:
