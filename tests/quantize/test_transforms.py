@@ -19,7 +19,7 @@ from quantspec.calibrate.quantize.transforms import awq
 from quantspec.calibrate.quantize.transforms.awq import activation_factors
 from quantspec.calibrate.quantize.transforms.sites import magnitude
 from quantspec.calibrate.quantize.transforms.smooth import smoothing_factors
-from quantspec.errors import ModelError, UsageError
+from quantspec.errors import Interrupted, ModelError, UsageError
 from quantspec.models import atomic
 from quantspec.models.load import load_model
 from quantspec.models.tensors import TensorStore
@@ -222,3 +222,38 @@ def test_inputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     atomic.save_tensors(source / "model.safetensors", tensors)
     with pytest.raises(ModelError, match=r"inputs of self_attn\.q_proj are NaN or Inf"):
         write_transformed(source, tmp_path / "out", IDS, group_size=16, method="awq")
+
+
+def test_smoothing_helps_8_bit_activations(configure: Configure, model: Path) -> None:
+    """Four channels of each norm tower over the others, and would set the scale of every token."""
+    tensors = {name: TensorStore(model).get(name) for name in TensorStore(model)}
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight"):
+            tensor[::16] *= 40
+    for i in range(3):  # what reads them makes up for it, so that the logits stay what they were
+        for linear in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+            tensors[f"model.layers.{i}.{linear}.weight"][:, ::16] /= 40
+    atomic.save_tensors(model / "model.safetensors", tensors)
+    options = {"method": "rtn", "bits": 8, "group_size": -1, "activation_bits": 8}
+    plain = run(configure("plain", **options))
+    smooth = run(configure("smooth", **options, options=MethodOptions(smooth=0.5)))
+    assert plain.kl is not None
+    assert smooth.kl is not None
+    assert smooth.kl < 0.5 * plain.kl
+    assert {found for layer in smooth.layers for found in layer.scaled.values() if isinstance(found, float)} == {0.5}
+
+
+def test_a_rotated_run_that_was_cut_goes_on(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(awq, "_GRID", 3)
+
+    def stop(event: Event) -> None:
+        if event.done == 8:
+            raise KeyboardInterrupt
+
+    whole, cut = (replace(configure(name, method="awq"), rotate=True) for name in ("whole", "cut"))
+    report = run(whole)
+    with pytest.raises(Interrupted):
+        run(cut, stop)
+    assert [layer.scaled for layer in run(cut).layers] == [layer.scaled for layer in report.layers]
+    for file in (*whole.out.glob("*.safetensors"), whole.out / "config.json"):
+        assert file.read_bytes() == (cut.out / file.name).read_bytes()
