@@ -251,7 +251,7 @@ from quantspec.kernels.triton import linear
 pointers = {"planes": "*u8", "scales": "*bf16", "zeros": "*u8", "bias": "*fp32", "out": "*fp32"}
 sizes = dict.fromkeys(("n", "k", "columns", "x_stride", "blocks", "split_blocks"), "i32")
 for capability, dtype, bits, group, zeros in (
-    (80, "bf16", 4, 128, False), (89, "fp32", 4, 128, True), (90, "fp16", 8, 32, True),
+    (80, "bf16", 4, 128, False), (89, "fp32", 4, 128, True), (90, "fp16", 8, 32, True), (90, "bf16", 4, 128, False),
 ):
     constants = dict(
         BITS=bits, GROUP=group, HAS_ZEROS=zeros, HAS_BIAS=False, ROWS=linear.ROWS, COLUMNS=linear.COLUMNS,
@@ -274,4 +274,4 @@ def test_compiles_for_devices_that_are_not_here(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["80 bf16 4", "89 fp32 4", "90 fp16 8"]
+    assert done.stdout.splitlines() == ["80 bf16 4", "89 fp32 4", "90 fp16 8", "90 bf16 4"]
