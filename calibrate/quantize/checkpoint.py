@@ -32,8 +32,7 @@ _ROWS = 4096  # of a vocabulary that are in fp32 at once
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """What vLLM, SGLang and transformers read. ``ignore`` names real modules. No ``actorder`` key: the order was
-    static, and naming it makes loaders look for indices. Layers that differ from most have groups of their own, by
-    name."""
+    static, and naming it makes loaders look for indices."""
     targets: dict[tuple[Scheme, bool], list[str]] = {}
     for target, scheme in plan.quantization.targets:
         targets.setdefault((scheme, target == EMBEDDING_MODULE), []).append(target)
@@ -76,9 +75,12 @@ def vocabulary_tensors(module: str, weight: Tensor, scheme: Scheme, form: Format
 
 
 def write_small_files(model: Path, folder: Path, raw: dict[str, Any], plan: Plan) -> None:
-    """Write ``config.json`` (``raw`` is the dense model's), the shard index and copies of the model's tokenizer,
-    template and licence files."""
-    atomic.write_json(folder / "config.json", raw | {"quantization_config": quantization_config(plan)})
+    """Write copies of the model's tokenizer, template and licence files, the shard index, and last ``config.json``,
+    without which nobody loads the folder (``raw`` is the dense model's)."""
+    for path in sorted(model.iterdir()):
+        wanted = path.suffix in _SIDECARS or path.name.startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and wanted and path.name not in _OWN:
+            atomic.copy_file(path, folder / path.name)
     weight_map, size = {}, 0
     for shard in sorted(folder.glob("model-*.safetensors")):
         for name, info in read_header(shard).items():
@@ -87,7 +89,4 @@ def write_small_files(model: Path, folder: Path, raw: dict[str, Any], plan: Plan
     atomic.write_json(
         folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     )
-    for path in sorted(model.iterdir()):
-        wanted = path.suffix in _SIDECARS or path.name.startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and wanted and path.name not in _OWN:
-            atomic.copy_file(path, folder / path.name)
+    atomic.write_json(folder / "config.json", raw | {"quantization_config": quantization_config(plan)})

@@ -38,9 +38,11 @@ class Plan:
 
     @property
     def quantization(self) -> Quantization:
-        """As the finished checkpoint's config.json will say it; exceptions by name."""
-        named = [(name, scheme) for name, scheme in self.schemes.items() if scheme != self.scheme]
-        targets = (("Linear", self.scheme), *named, *self.vocabulary.items())
+        """As the finished checkpoint's config.json will say it. Where schemes are several, each layer is named: vLLM
+        asks for the class of a layer that it fuses before it asks for the names of its parts."""
+        alike = len(set(self.schemes.values())) == 1
+        linear = [("Linear", self.scheme)] if alike else list(self.schemes.items())
+        targets = (*linear, *self.vocabulary.items())
         return Quantization(targets, self.format, self.activation_bits)
 
     def with_bits(self, bits: Mapping[str, int]) -> Plan:

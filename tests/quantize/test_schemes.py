@@ -165,8 +165,8 @@ def test_budget_is_kept_and_spent_where_it_pays(configure: Configure, model: Pat
     wide = [found.kl for found in report.sensitivity if bits[found.names[0]] == 8]
     assert max(wide) == max(found.kl for found in report.sensitivity)
     groups = json.loads((config.out / "config.json").read_text())["quantization_config"]["config_groups"]
-    named = {name for group in groups.values() for name in group["targets"]}
-    assert named == {"Linear"} | {name for name, width in bits.items() if width == 8}
+    named = {name: group["weights"]["num_bits"] for group in groups.values() for name in group["targets"]}
+    assert named == bits  # and no class among them, see Plan.quantization
     assert load_model(config.out).weight_bytes == TensorStore(config.out).nbytes()
     exact, native = logits(config.out, backend="reference-exact"), logits(config.out)
     assert float((native - exact).norm() / exact.norm()) < 0.05
