@@ -136,9 +136,7 @@ def test_perplexity_is_that_of_the_kernels_that_generate(configure: Configure, t
     assert report.perplexity_before == pytest.approx(found.parent.perplexity, rel=1e-5)
 
 
-def test_without_room_the_comparison_streams_and_says_so(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_room_the_comparison_streams_and_says_so(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(configure("whole"))
     monkeypatch.setattr(module, "available_bytes", lambda: 1000)
     report = run(configure())
