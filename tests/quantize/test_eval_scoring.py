@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_comparison_is_of_the_right_distributions_and_places() -> None:
 
 
 def test_scores_of_other_rows_are_caught() -> None:
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         losses(torch.zeros(2, 3, dtype=torch.int64), [torch.zeros(2, 4)])
 
 
@@ -84,7 +85,7 @@ def test_position_bins_cover_every_place_once(size: int) -> None:
     bins = by_position(nll)
     assert len(bins) == min(16, size)
     assert (bins[0].start, bins[-1].end) == (1, size + 1)
-    assert all(one.end == other.start for one, other in zip(bins, bins[1:], strict=False))
+    assert all(one.end == other.start for one, other in pairwise(bins))
     mean = sum(one.loss * (one.end - one.start) for one in bins) / size
     assert mean == pytest.approx(float(nll.double().mean()))
     assert bins[0].kl is bins[0].top1_agreement is None
