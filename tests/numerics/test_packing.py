@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quantspec.errors import ModelError
 from quantspec.numerics.affine import quantize
-from quantspec.numerics.packing import pack_codes, pack_weight, unpack_codes, unpack_weight
+from quantspec.numerics.packing import byte_weight, pack_codes, pack_weight, unpack_codes, unpack_weight
 from quantspec.numerics.scheme import Scheme
 
 widths = st.integers(2, 8)
@@ -60,6 +60,37 @@ def test_weight_round_trip(bits: int, shape: tuple[int, int], group_size: int, s
         assert torch.equal(back.zero_point, quantized.zero_point)  # type: ignore[arg-type]
         groups = scheme.num_groups(shape[1])
         assert tensors["weight_zero_point"].shape == (-(-shape[0] * bits // 32), groups)  # packed along the channels
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_codes_of_one_byte(bits: int, group_size: int) -> None:
+    scheme = Scheme(bits, group_size)
+    quantized = quantize(torch.randn(7, 50, generator=torch.Generator().manual_seed(bits)), scheme)
+    tensors = byte_weight(quantized)
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        "weight": torch.int8,
+        "weight_scale": torch.bfloat16,
+    }
+    back = unpack_weight(tensors, scheme)
+    assert torch.equal(back.codes, quantized.codes)
+    assert torch.equal(back.scale, quantized.scale)
+    assert back.zero_point is None
+
+
+def test_codes_of_one_byte_are_checked() -> None:
+    scheme = Scheme(4, 32)
+    tensors = byte_weight(quantize(torch.randn(4, 64, generator=torch.Generator().manual_seed(0)), scheme))
+    with pytest.raises(ModelError, match="codes from -8 to 8 are not of 4 bits"):
+        unpack_weight(tensors | {"weight": tensors["weight"].clone().index_fill_(1, torch.tensor([3]), 8)}, scheme)
+    with pytest.raises(ModelError, match=r"scales \[4, 1\] do not go with codes \[4, 64\]"):
+        unpack_weight(tensors | {"weight_scale": tensors["weight_scale"][:, :1]}, scheme)
+    with pytest.raises(ModelError, match="does not hold symmetric codes of one byte"):
+        unpack_weight(tensors | {"weight": tensors["weight"].float()}, scheme)
+    with pytest.raises(ModelError, match="does not hold symmetric codes of one byte"):
+        unpack_weight(tensors, Scheme(4, 32, symmetric=False))
+    with pytest.raises(ModelError, match="packed weight without weight_shape"):
+        unpack_weight({"weight_packed": tensors["weight"]}, scheme)
 
 
 def test_known_words() -> None:
