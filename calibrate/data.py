@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from quantspec.calibrate.documents import Chat, Document, load_documents
 from quantspec.errors import ModelError
 
-__all__ = ["CALIBRATION", "HELD_OUT", "Document", "chat_of", "load_documents", "load_texts", "load_tokenizer", "token_rows"]
+__all__ = [
+    "CALIBRATION", "HELD_OUT", "Document", "chat_of", "load_documents", "load_texts", "load_tokenizer", "token_rows",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +58,8 @@ def token_rows(
     seed: int | None,
 ) -> Tensor:
     """Rows of token ids ``[rows, seq_len]`` int64: documents shuffled by ``seed`` (None: kept in order), each encoded
-    with its special tokens and closed by ``eos_id`` (unless a chat template did that), joined end to end and cut. At most ``num_rows``; a short text
-    gives fewer rows, and less than ``seq_len`` tokens one shorter row."""
+    with its special tokens and closed by ``eos_id`` (unless a chat template did that), joined end to end and cut. At
+    most ``num_rows``; a short text gives fewer rows, and less than ``seq_len`` tokens one shorter row."""
     import torch
 
     order = list(texts)

@@ -114,7 +114,8 @@ def _document(place: str, row: Any, column: str | None, chat: Chat | None) -> Do
             return _of_value(place, name, row[name], chat)
     for asks, tells in _PAIRS:
         if isinstance(row.get(asks), str) and isinstance(row.get(tells), str):
-            asked = "\n\n".join(part.strip() for part in (row[asks], row.get("input")) if isinstance(part, str) and part)
+            parts = [part.strip() for part in (row[asks], row.get("input")) if isinstance(part, str) and part.strip()]
+            asked = "\n\n".join(parts)
             if chat is None and asks == "question":
                 return Document(f"Question: {asked}\nAnswer: {row[tells].strip()}")
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row[tells].strip()}]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from quantspec.models.tensors import TensorInfo
 
 MANIFEST = "quantspec_manifest.json"
+PROGRESS = ".quantspec_progress.json"
+"""What a quantization that is not finished keeps in its folder; ``complete`` in it says that all weights are there."""
 
 _HINTS = {
     errno.ENOSPC: "free some disk space or choose another output folder",
@@ -164,13 +166,27 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"version": 1, "files": files})
 
 
+def _refuse_unfinished(folder: Path) -> None:
+    path = folder / PROGRESS
+    if not path.exists():
+        return
+    try:
+        complete = json.loads(path.read_text())["complete"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        hint = "give the same quantspec quantize command again to finish it"
+        raise ModelError(f"{folder} is a quantization that is not finished", hint=hint)
+
+
 def verify_manifest(folder: Path) -> bool:
     """Check ``folder`` against its manifest. Returns False where there is none (a checkpoint that is not ours).
 
-    Raises ``ModelError`` naming the first file that is missing, cut, or changed.
+    Raises ``ModelError`` naming the first file that is missing, cut, or changed; or an unfinished quantization.
     """
     path = folder / MANIFEST
     if not path.exists():
+        _refuse_unfinished(folder)
         return False
     hint = "download or quantize the model again"
     try:
