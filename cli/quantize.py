@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 FLAGS = {
     "out": Flag(("-o",), "Folder to write; it must be new, empty, or of an interrupted run."),
-    "method": Flag(help="gptq and learned measure inputs on text; rtn rounds to nearest; mse, with searched scales."),
+    "method": Flag(
+        help="gptq and learned measure inputs on text; rtn rounds to nearest; mse, with searched scales; awq, after "
+        "scaling channels by their inputs."
+    ),
     "bits": Flag(help="Bits per weight."),
     "symmetric": Flag(help="Store no zero points, or do.", off="--asymmetric"),
     "seq_len": Flag(help="Tokens in a row of calibration or held-out text."),
