@@ -159,6 +159,68 @@ def best_children(logits: Tensor, race: Race, level: int, k: int) -> tuple[Tenso
     return best_tokens, best_scores
 
 
+@triton.jit
+def _write_record(
+    kept: tl.tensor, score: tl.tensor, token: tl.tensor, node: tl.tensor, parents: tl.tensor, order: tl.tensor,
+    record: tl.tensor, CAPACITY: tl.constexpr, SIZE: tl.constexpr,
+) -> None:  # fmt: skip
+    """The kept nodes, numbered anew, as a ``PendingDraft``'s record."""
+    number = tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(order + node, number)
+    tl.debug_barrier()
+    parent = tl.load(parents + node, mask=kept, other=-1)
+    parent = tl.load(order + parent, mask=kept & (parent >= 0), other=-1)
+    total, place = tl.sum(kept.to(tl.int32), 0), tl.arange(0, SIZE)
+    empty = (place >= total) & (place < CAPACITY)
+    at = record + 1
+    tl.store(record, total)
+    tl.store(at + place, 0, mask=empty)
+    tl.store(at + CAPACITY + place, -1, mask=empty)
+    tl.store(at + 2 * CAPACITY + place, 0, mask=empty)
+    tl.store(at + number, token, mask=kept)
+    tl.store(at + CAPACITY + number, parent, mask=kept)
+    tl.store(at + 2 * CAPACITY + number, tl.exp(score).to(tl.int32, bitcast=True), mask=kept)
+
+
+@triton.jit
+def _choose_frontier(
+    growing: tl.tensor, rank: tl.tensor, node: tl.tensor, i: tl.tensor, new: tl.tensor, row: tl.tensor,
+    tokens: tl.tensor, scores: tl.tensor, order: tl.tensor, nodes: tl.tensor, bases: tl.tensor, paths: tl.tensor,
+    rows: tl.tensor, next_tokens: tl.tensor, level: tl.tensor, start: tl.tensor, end: tl.tensor,
+    WIDTH: tl.constexpr, DEPTH: tl.constexpr, SIZE: tl.constexpr, LEVEL: tl.constexpr, SLOTS: tl.constexpr,
+    STEPS: tl.constexpr, PART: tl.constexpr,
+) -> None:  # fmt: skip
+    """The ``WIDTH`` best of the ``growing`` nodes of the newest level, with the paths that they attend."""
+    tl.store(order + node, tl.where(growing, rank, SIZE))
+    tl.debug_barrier()
+    mine, better = tl.load(order + start + i, mask=new, other=SIZE), tl.zeros([LEVEL], tl.int32)
+    for first in range(start, end, PART):
+        other = first + tl.arange(0, PART)
+        theirs = tl.load(order + other, mask=other < end, other=SIZE)
+        better += tl.sum((theirs[None, :] < mine[:, None]).to(tl.int32), 1)
+    chosen = (mine < SIZE) & (better < WIDTH)
+    slot, total = tl.cumsum(chosen.to(tl.int32), 0) - 1, tl.sum(chosen.to(tl.int32), 0)
+    step, place = tl.arange(0, STEPS), tl.arange(0, SLOTS)
+    taken = chosen[:, None] & (step < level)[None, :]
+    path = tl.load(paths + row[:, None] * DEPTH + step[None, :], mask=taken, other=0)
+    path = tl.where((step == level)[None, :], level * WIDTH + slot[:, None], path)
+    grown, token = tl.load(scores + start + i, mask=chosen), tl.load(tokens + start + i, mask=chosen)
+    tl.debug_barrier()
+    tl.store(paths + slot[:, None] * DEPTH + step[None, :], path, mask=chosen[:, None] & (step <= level)[None, :])
+    tl.store(bases + slot, grown, mask=chosen)
+    tl.store(nodes + slot, start + i, mask=chosen)
+    tl.store(rows + slot, row, mask=chosen)
+    tl.store(next_tokens + slot, token, mask=chosen)
+    # Rows without a node go through the layers too: they need a path, and their children are worth nothing.
+    idle = (place >= total) & (place < WIDTH)
+    own = step[None, :] * WIDTH + place[:, None]
+    tl.store(paths + place[:, None] * DEPTH + step[None, :], own, mask=idle[:, None] & (step <= level)[None, :])
+    tl.store(bases + place, float("-inf"), mask=idle)
+    tl.store(nodes + place, -1, mask=idle)
+    tl.store(rows + place, 0, mask=idle)
+    tl.store(next_tokens + place, 0, mask=idle)
+
+
 @triton.jit(do_not_specialize=["level", "start", "count"])
 def _grow(
     best_tokens: tl.tensor, best_scores: tl.tensor, tokens: tl.tensor, parents: tl.tensor, scores: tl.tensor,
@@ -195,53 +257,15 @@ def _grow(
     kept = there & (rank < tl.min(tl.where(tl.exp(score) > price, SIZE, rank), 0))
 
     if LAST:
-        number = tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(order + node, number)
-        tl.debug_barrier()
-        parent = tl.load(parents + node, mask=kept, other=-1)
-        parent = tl.load(order + parent, mask=kept & (parent >= 0), other=-1)
-        total, place = tl.sum(kept.to(tl.int32), 0), tl.arange(0, SIZE)
-        empty = (place >= total) & (place < CAPACITY)
-        at = record + 1
-        tl.store(record, total)
-        tl.store(at + place, 0, mask=empty)
-        tl.store(at + CAPACITY + place, -1, mask=empty)
-        tl.store(at + 2 * CAPACITY + place, 0, mask=empty)
-        tl.store(at + number, token, mask=kept)
-        tl.store(at + CAPACITY + number, parent, mask=kept)
-        tl.store(at + 2 * CAPACITY + number, tl.exp(score).to(tl.int32, bitcast=True), mask=kept)
+        _write_record(kept, score, token, node, parents, order, record, CAPACITY, SIZE)
     else:
         growing = kept & (node >= start)
         for s in tl.static_range(STOPS):
             growing &= token != tl.load(stops + s)
-        tl.store(order + node, tl.where(growing, rank, SIZE))
-        tl.debug_barrier()
-        mine, better = tl.load(order + start + i, mask=new, other=SIZE), tl.zeros([LEVEL], tl.int32)
-        for first in range(start, end, PART):
-            other = first + tl.arange(0, PART)
-            theirs = tl.load(order + other, mask=other < end, other=SIZE)
-            better += tl.sum((theirs[None, :] < mine[:, None]).to(tl.int32), 1)
-        chosen = (mine < SIZE) & (better < WIDTH)
-        slot, total = tl.cumsum(chosen.to(tl.int32), 0) - 1, tl.sum(chosen.to(tl.int32), 0)
-        step, place = tl.arange(0, STEPS), tl.arange(0, SLOTS)
-        taken = chosen[:, None] & (step < level)[None, :]
-        path = tl.load(paths + row[:, None] * DEPTH + step[None, :], mask=taken, other=0)
-        path = tl.where((step == level)[None, :], level * WIDTH + slot[:, None], path)
-        grown, token = tl.load(scores + start + i, mask=chosen), tl.load(tokens + start + i, mask=chosen)
-        tl.debug_barrier()
-        tl.store(paths + slot[:, None] * DEPTH + step[None, :], path, mask=chosen[:, None] & (step <= level)[None, :])
-        tl.store(bases + slot, grown, mask=chosen)
-        tl.store(nodes + slot, start + i, mask=chosen)
-        tl.store(rows + slot, row, mask=chosen)
-        tl.store(next_tokens + slot, token, mask=chosen)
-        # Rows without a node go through the layers too: they need a path, and their children are worth nothing.
-        idle = (place >= total) & (place < WIDTH)
-        own = step[None, :] * WIDTH + place[:, None]
-        tl.store(paths + place[:, None] * DEPTH + step[None, :], own, mask=idle[:, None] & (step <= level)[None, :])
-        tl.store(bases + place, float("-inf"), mask=idle)
-        tl.store(nodes + place, -1, mask=idle)
-        tl.store(rows + place, 0, mask=idle)
-        tl.store(next_tokens + place, 0, mask=idle)
+        _choose_frontier(
+            growing, rank, node, i, new, row, tokens, scores, order, nodes, bases, paths, rows, next_tokens, level,
+            start, end, WIDTH, DEPTH, SIZE, LEVEL, SLOTS, STEPS, PART,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
