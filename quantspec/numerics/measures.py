@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_BLOCK = 512  # columns of one block of a quadratic form
+
 
 def relative_mse(approximate: Tensor, exact: Tensor) -> float:
     """``|approximate - exact|^2 / |exact|^2`` (Frobenius); 0 when both are zero."""
@@ -13,14 +15,22 @@ def relative_mse(approximate: Tensor, exact: Tensor) -> float:
     return float(error / power) if power > 0 else float(error)
 
 
+def output_power(weight: Tensor, hessian: Tensor) -> float:
+    """``|X W^T|^2`` of a weight ``[N, K]`` from ``hessian [K, K]`` = X^T X, up to the Hessian's factor; never below
+    0."""
+    total = 0.0
+    for start in range(0, weight.shape[1], _BLOCK):  # the form is symmetric: half of the product will do
+        part = slice(start, start + _BLOCK)
+        product = weight[:, part] @ hessian[part, part]
+        product.addmm_(weight[:, :start], hessian[:start, part], alpha=2)
+        total += float(product.mul_(weight[:, part]).sum(dtype=torch.float64))
+    return max(total, 0.0)  # rounding can push a tiny quadratic form below zero
+
+
 def relative_output_mse(approximate: Tensor, exact: Tensor, hessian: Tensor) -> float:
-    """``|X (A - W)^T|^2 / |X W^T|^2`` of a linear layer ``[N, K]`` from ``hessian [K, K]`` = X^T X up to a factor."""
-
-    def power(weight: Tensor) -> float:
-        return float((weight @ hessian).mul_(weight).sum(dtype=torch.float64))
-
-    total = power(exact)
-    error = max(power(approximate - exact), 0.0)  # rounding can push a tiny quadratic form below zero
+    """``|X (A - W)^T|^2 / |X W^T|^2`` of a linear layer ``[N, K]`` from ``hessian [K, K]`` = X^T X up to a factor; the
+    numerator where the denominator is zero."""
+    total, error = output_power(exact, hessian), output_power(approximate - exact, hessian)
     return error / total if total > 0 else error
 
 

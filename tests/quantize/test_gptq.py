@@ -101,11 +101,11 @@ def recursion(weight: Tensor, hessian: Tensor, scale: Tensor, scheme: Scheme, da
 
 
 def test_output_error_equals_the_recursion_on_a_wide_layer() -> None:
-    """From fp32 statistics, as in a real run: a rounding tie may fall otherwise here and there, the error may not."""
+    """From fp32 statistics, as in a real run: a tie that falls otherwise changes one row of 256 by 2%."""
     scheme, hessian = Scheme(4, 128), Hessian(1024)
     for chunk in correlated_inputs(4096, 1024, seed=12).split(1000):
         hessian.add(chunk)
-    weight = 0.02 * torch.randn(64, 1024, generator=torch.Generator().manual_seed(13))
+    weight = 0.02 * torch.randn(256, 1024, generator=torch.Generator().manual_seed(13))
     solution = quantize_linear("w", weight, scheme, Statistics(hessian), OPTIONS)
     scale = solution.quantized.scale  # searched, and stored: the codes must be the recursion's for it
     codes = recursion(weight, hessian.matrix, scale, scheme, OPTIONS.damping)

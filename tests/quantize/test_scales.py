@@ -8,12 +8,7 @@ from torch import Tensor
 
 from quantspec.calibrate.quantize.config import MethodOptions
 from quantspec.calibrate.quantize.methods import rtn
-from quantspec.calibrate.quantize.methods.scales import (
-    refit_scale,
-    round_error,
-    search_scale,
-    search_scale_on_outputs,
-)
+from quantspec.calibrate.quantize.methods.scales import refit_scale, search_scale, search_scale_on_outputs
 from quantspec.calibrate.quantize.observe import Hessian, Statistics
 from quantspec.numerics.affine import QuantizedWeight, dequantize, min_max_scale, quantize, quantize_codes
 from quantspec.numerics.measures import relative_output_mse
@@ -54,15 +49,6 @@ def test_search_is_never_worse_than_min_max(scheme: Scheme) -> None:
     assert searched[0].dtype == torch.bfloat16
     assert weighted(*searched) < weighted(*plain)
     assert output(*search_scale_on_outputs(weight, hessian.matrix, scheme)) < output(*searched)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_round_error_is_that_of_the_codes(scheme: Scheme) -> None:
-    weight, _ = layer()
-    scale, zero_point = min_max_scale(weight, scheme)
-    # Subtracting the same stored products: equal to the last bit of fp32.
-    expected = rounded(weight, scale, zero_point, scheme) - weight
-    assert torch.equal(round_error(weight, scale, zero_point, scheme), expected)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

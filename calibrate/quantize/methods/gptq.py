@@ -17,7 +17,7 @@ from quantspec.calibrate.quantize.methods.base import Solution, all_finite, chec
 from quantspec.calibrate.quantize.methods.scales import refit_scale, search_scale
 from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.numerics.affine import QuantizedWeight, dequantize, quantize
-from quantspec.numerics.measures import relative_mse, relative_output_mse
+from quantspec.numerics.measures import output_power, relative_mse
 from quantspec.numerics.scheme import Scheme
 
 DAMPING_LADDER = (1, 10, 100)
@@ -37,7 +37,8 @@ def quantize_linear(
     if not all_finite(hessian):
         reason = "the calibration inputs overflow"
         return Solution(rtn, "rtn", relative_mse(dequantize(rtn), weight), fallback_reason=reason)
-    rtn_error = relative_output_mse(dequantize(rtn), weight, hessian)
+    power = output_power(weight, hessian) or 1.0
+    rtn_error = output_power(dequantize(rtn).sub_(weight), hessian) / power
     reason = ""
     for damping in (options.damping * factor for factor in DAMPING_LADDER):
         factor = factorize(hessian, damping)
@@ -45,7 +46,7 @@ def quantize_linear(
         if solved is None:
             reason = f"the Hessian has no Cholesky factor up to damping {damping:g}"
             continue
-        error = relative_output_mse(dequantize(solved), weight, hessian)
+        error = output_power(dequantize(solved).sub_(weight), hessian) / power
         if error <= rtn_error:
             return Solution(solved, "gptq", error, damping)
         reason = (
