@@ -26,6 +26,7 @@ FLAGS = {
         help="gptq and learned measure inputs on text; rtn rounds to nearest; mse, with searched scales; awq, after "
         "scaling channels by their inputs."
     ),
+    "target": Flag(help="With learned: the model that MODEL drafts for; a last stage rounds for its acceptance."),
     "bits": Flag(help="Bits per weight."),
     "symmetric": Flag(help="Store no zero points, or do.", off="--asymmetric"),
     "seq_len": Flag(help="Tokens in a row of calibration or held-out text."),
@@ -44,6 +45,7 @@ SCHEME_HELP = "Short for: " + "; ".join(
     for name, options in SCHEMES.items()
 )
 DENSE_DEFAULT = "default/target"
+SERVED_DEFAULT = "default/target-w4"
 
 
 @click.command
@@ -66,6 +68,8 @@ def quantize(context: click.Context, model: str, scheme: str | None, as_json: bo
     from quantspec.calibrate.quantize.run import run
     from quantspec.models.resolve import resolve
 
+    if options["target"] is not None:
+        options["target"] = resolve(SERVED_DEFAULT if str(options["target"]) == "default" else str(options["target"]))
     # `default` generates from a 4-bit copy; its dense original is what can be quantized.
     config = assemble(QuantizeConfig, options, model=resolve(DENSE_DEFAULT if model == "default" else model))
     with resumable(invocation.command), progress(sys.stderr.isatty()) as on_event:
@@ -109,6 +113,8 @@ def progress(terminal: bool) -> Iterator[Callable[[Event], None]]:
 def print_report(report: QuantizeReport) -> None:
     """The closing report as a table."""
     rows = [("weights", megabytes(report.bytes_before), megabytes(report.bytes_after))]
+    if report.bits_per_weight is not None:
+        rows.append(("bits per weight of linear layers, scales included", "", f"{report.bits_per_weight:.3f}"))
     if report.perplexity_before is not None and report.perplexity_after is not None:
         rows.append(("perplexity, held-out text", f"{report.perplexity_before:.3f}", f"{report.perplexity_after:.3f}"))
     if report.top1_agreement is not None:

@@ -76,7 +76,9 @@ class Targets:
     def of(cls, folder: Path, ids: Tensor, device: str) -> Targets:
         target = StreamedModel(folder, device)
         if target.config.vocab_size <= int(ids.max()):
-            raise ModelError(f"{folder} has a smaller vocabulary than its drafter", hint="give the drafter's own target")
+            raise ModelError(
+                f"{folder} has a smaller vocabulary than its drafter", hint="give the drafter's own target"
+            )
         return cls(ids, hidden_states(target, ids), target.head().float())
 
     def probs(self, rows: Tensor, places: Tensor) -> Tensor:

@@ -103,10 +103,10 @@ class QuantizeConfig:
     channels; it gives a tied LM head weights of its own."""
     kv_cache_dtype: KVCacheDtype = "auto"
     """Calibrate factors of key channels for a cache of so few bits, and fold them into the weights; auto: do not."""
+    target: Path | None = None
+    """The model that this one drafts for (learned rounding alone): a last stage then rounds for its acceptance."""
     calibration: Path | None = None
     """Text (``.jsonl``, or ``.txt`` split at ``<|doc|>`` lines) to measure inputs on. None: the bundled set."""
-    calibration_column: str | None = None
-    """What to read of each row of the calibration text: text, or a list of messages. None: the usual names."""
     calibration_column: str | None = None
     """What to read of each row of the calibration text: text, or a list of messages. None: the usual names."""
     held_out: Path | None = None
@@ -152,6 +152,11 @@ class QuantizeConfig:
             raise UsageError(f"activation_bits must be 8 or 16, not {self.activation_bits}")
         if self.activation_bits == 8:
             self._check_int8()
+        if self.target is not None and (self.method != "learned" or self.activation_bits != 16):
+            raise UsageError(
+                "--target goes with learned rounding and 16-bit activations",
+                hint="add --method learned, or leave it out",
+            )
 
     def _check_nf4(self) -> None:
         for name, value in (("bits", 4), ("symmetric", True), ("activation_bits", 16), ("kv_cache_dtype", "auto")):
@@ -289,6 +294,7 @@ class QuantizeReport:
     held_out: TextReport | None = None
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    acceptance: AcceptanceReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

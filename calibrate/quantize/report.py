@@ -15,6 +15,7 @@ from quantspec.calibrate.evaluate.config import PositionBin
 from quantspec.calibrate.evaluate.scoring import STREAMED, Scores, compare, scores_as_run, scores_streamed
 from quantspec.calibrate.memory import available_bytes
 from quantspec.calibrate.quantize.config import (
+    AcceptanceReport,
     KVCacheReport,
     LayerResult,
     PartBytes,
@@ -150,4 +151,6 @@ def read_report(path: Path) -> tuple[str, QuantizeReport]:
     }
     content |= {name: [kind(**one) for one in content[name]] for name, kind in lists.items()}
     content |= {name: text and TextReport(**text) for name in ("calibration", "held_out") for text in (content[name],)}
+    accepted = content["acceptance"]
+    content["acceptance"] = accepted and AcceptanceReport(**accepted)
     return seal, QuantizeReport(**content | {"kv_cache": kv and KVCacheReport(**kv)})

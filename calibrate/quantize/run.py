@@ -13,6 +13,7 @@ from torch import Tensor
 from quantspec.calibrate import data
 from quantspec.calibrate.memory import give_back_freed_blocks, peak_bytes
 from quantspec.calibrate.quantize import checkpoint, report
+from quantspec.calibrate.quantize.acceptance import tune
 from quantspec.calibrate.quantize.config import (
     Event,
     LayerResult,
@@ -24,8 +25,8 @@ from quantspec.calibrate.quantize.config import (
 from quantspec.calibrate.quantize.evaluate import batches
 from quantspec.calibrate.quantize.interrupt import deferred_interrupt
 from quantspec.calibrate.quantize.layer import DecoderLayer
-from quantspec.calibrate.quantize.page import html
 from quantspec.calibrate.quantize.methods import nf4
+from quantspec.calibrate.quantize.page import html
 from quantspec.calibrate.quantize.pipeline import LayerPipeline
 from quantspec.calibrate.quantize.plan import Plan, vocabulary_schemes
 from quantspec.calibrate.quantize.sensitivity import assign, linear_sizes, mean_bits, narrowest
@@ -39,6 +40,7 @@ from quantspec.models.quantization import EMBEDDING_MODULE
 from quantspec.models.tensors import TensorInfo, TensorStore
 
 OnEvent = Callable[[Event], None]
+_LESS = "lower --num-samples, --eval-samples or --seq-len"
 
 
 def run(config: QuantizeConfig, on_event: OnEvent | None = None) -> QuantizeReport:
@@ -53,11 +55,11 @@ def run(config: QuantizeConfig, on_event: OnEvent | None = None) -> QuantizeRepo
         with torch.no_grad():
             return _Run(config, on_event or (lambda event: None)).run()
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError("out of memory while quantizing", hint="lower --num-samples or --seq-len") from error
+        raise ResourceError("out of memory while quantizing", hint=_LESS) from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # what the CPU allocator says
             raise
-        raise ResourceError("out of memory while quantizing", hint="lower --num-samples or --seq-len") from error
+        raise ResourceError("out of memory while quantizing", hint=_LESS) from error
     except KeyboardInterrupt as error:
         hint = "run the same command again to go on from them"
         raise Interrupted("interrupted; finished layers are kept", hint=hint) from error
@@ -96,9 +98,14 @@ class _Run:
             finished = _finished(config.out, seal)
             self._say("note", f"{config.out} is already the result of these settings")
             return finished
-        work = WorkFolder(config.out, identity, self.source.config.num_layers, config.resume)
+        with WorkFolder(config.out, identity, self.source.config.num_layers, config.resume) as work:
+            return self._work(work, seal, calibration, held_out)
+
+    def _work(self, work: WorkFolder, seal: str, calibration: Tensor | None, held_out: Tensor | None) -> QuantizeReport:
+        """Quantize, write and measure, in ``work``; the report's fingerprint is ``seal``."""
+        config = self.config
         if work.discarded:
-            self._say("note", "starting over: the unfinished run had another model, calibration text or settings")
+            self._say("note", "starting over: the parts of the unfinished run are dropped")
         measured = work.path / ".quantspec_sensitivity.json"
         if config.bits_per_weight is not None and calibration is not None:
             self._say("note", "measuring what each layer costs in few bits")
@@ -106,6 +113,8 @@ class _Run:
             self.pipeline.plan = self.plan
         self._quantize_layers(work, calibration)
         self._write_rest(work)
+        self._round_for_acceptance(work, calibration)
+        work.complete()
         result = self._report(work, calibration, held_out)
         atomic.write_json(work.path / report.REPORT, {"fingerprint": seal} | result.to_json())
         atomic.write_bytes(work.path / report.PAGE, html(result).encode())
@@ -130,11 +139,6 @@ class _Run:
         if int(rows.max()) >= self.source.config.vocab_size:
             raise ModelError(f"the tokenizer in {self.config.model} has tokens that the model's vocabulary lacks")
         return rows
-
-    def _documents(self, path: Path) -> Sequence[data.Document]:
-        """The calibration text, in the model's chat template where it is a chat and there is one."""
-        column = self.config.calibration_column if self.config.calibration is not None else None
-        return data.load_documents(path, column, data.chat_of(self.config.model))
 
     def _documents(self, path: Path) -> Sequence[data.Document]:
         """The calibration text, in the model's chat template where it is a chat and there is one."""
@@ -209,6 +213,31 @@ class _Run:
         plan = replace(self.plan, vocabulary=vocabulary)
         checkpoint.write_small_files(self.config.model, work.path, raw, plan)
 
+    def _round_for_acceptance(self, work: WorkFolder, calibration: Tensor | None) -> None:
+        """The last stage of a drafter, unless an interrupted run has done it."""
+        target, config = self.config.target, self.config
+        if target is None:
+            return
+        assert calibration is not None
+        if work.acceptance is None:
+            self._say("evaluate", f"rounding for acceptance by {target}")
+            quantized, found = tune(work.path, target, calibration, config.options, config.seed, config.device)
+            shards = []
+            for index in range(self.source.config.num_layers):
+                store = TensorStore(work.path, [work.shard(index)])
+                tensors = {name: store.get(name) for name in store}
+                for name in quantized.keys() & self.plan.schemes.keys():
+                    if name.startswith(layer_prefix(index)):
+                        stored = checkpoint.STORED[self.plan.format](quantized[name])
+                        tensors |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in stored.items()}
+                shards.append(tensors)
+            work.replace_layers(shards, found)
+        assert work.acceptance is not None
+        self._note(
+            f"acceptance on calibration text kept apart: {work.acceptance.before:.1%} before the last stage, "
+            f"{work.acceptance.after:.1%} after it; errors of layers are from before"
+        )
+
     def _report(self, work: WorkFolder, calibration: Tensor | None, held_out: Tensor | None) -> QuantizeReport:
         config, after = self.config, TensorStore(work.path)
         peak, measured = peak_bytes(), {}
@@ -233,6 +262,7 @@ class _Run:
             held_out=report.text_report(config.held_out, held_out),
             seconds=time.perf_counter() - self.started,
             notes=self.notes,
+            acceptance=work.acceptance,
             **measured,
         )
 

@@ -48,7 +48,8 @@ def test_acceptance_rises_and_scales_stay(drafting: QuantizeConfig) -> None:
     run(replace(drafting, target=None, out=drafting.out.with_name("plain")))
     tuned, plain = weights(drafting.out), weights(drafting.out.with_name("plain"))
     differing = {name for name in plain if not torch.equal(plain[name], tuned[name])}
-    assert tuned.keys() == plain.keys() and differing
+    assert tuned.keys() == plain.keys()
+    assert differing
     assert all(name.endswith("weight_packed") for name in differing)
     # The report of a finished run is read back whole.
     assert run(drafting) == report
@@ -89,7 +90,8 @@ def test_new_shards_that_do_not_count_are_dropped(tmp_path: Path) -> None:
     atomic.save_tensors(work.shard(0).with_suffix(".next"), {"a": torch.ones(2)})
     work.close()
     work = WorkFolder(tmp_path / "out", "same", 1, resume=True)
-    assert len(work.results) == 1 and torch.equal(weights(work.path)["a"], torch.zeros(2))
+    assert len(work.results) == 1
+    assert torch.equal(weights(work.path)["a"], torch.zeros(2))
     assert not list(work.path.glob("*.next"))
     work.replace_layers([{"a": torch.ones(2)}], AcceptanceReport(0.1, 0.2, 0.3))
     assert torch.equal(weights(work.path)["a"], torch.ones(2))

@@ -44,7 +44,9 @@ def layer(n: int = 24, k: int = 160, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 # K = 160: a ragged last group at 64.
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(3, 64), Scheme(3, 64, symmetric=False), Scheme(2, -1)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [Scheme(4, 32), Scheme(3, 64), Scheme(3, 64, symmetric=False), Scheme(2, -1)], ids=str
+)
 def test_is_far_below_rounding_and_below_gptq(scheme: Scheme) -> None:
     weight, hessian = layer()
     solution = learned.quantize_linear("w", weight, scheme, on(hessian), OPTIONS)
@@ -52,8 +54,9 @@ def test_is_far_below_rounding_and_below_gptq(scheme: Scheme) -> None:
     assert solution.error < 0.97 * gptq.quantize_linear("w", weight, scheme, on(hessian), OPTIONS).error
     assert solution.error < 0.4 * relative_output_mse(dequantize(quantize(weight, scheme)), weight, hessian)
     quantized = solution.quantized
-    assert quantized.codes.dtype == torch.int8 and quantized.scale.dtype == torch.bfloat16
-    assert scheme.q_min <= int(quantized.codes.min()) and int(quantized.codes.max()) <= scheme.q_max
+    assert (quantized.codes.dtype, quantized.scale.dtype) == (torch.int8, torch.bfloat16)
+    assert scheme.q_min <= int(quantized.codes.min())
+    assert int(quantized.codes.max()) <= scheme.q_max
     # The recorded error is that of the hard codes under the stored scales, recomputed in fp64 (fp32: four digits).
     exact = relative_output_mse(dequantize(quantized).double(), weight.double(), hessian.double())
     assert solution.error == pytest.approx(exact, rel=1e-3)

@@ -1,7 +1,7 @@
 """Annealed learned rounding after AdaRound (Nagel et al., arXiv 2004.10568): every weight may go to the code below or
 above it, and gradient descent on the layer's output error decides which.
 
-The output error of ``W + E`` is ``tr(E H E^T)``, so the inputs' Hessian H says all that a forward on them could, exactly.
+The output error of ``W + E`` is ``tr(E H E^T)``, so the inputs' Hessian H says all that a forward on them could.
 Where inputs correlate, hardening the codes late or all at once undoes what the soft ones made up for. So AdaRound's
 penalty ``1 - |2h - 1|^beta`` is taken at beta = 2, each weight's in units of its own curvature, and grows from nothing:
 at full strength the error is concave in every single weight, so that all have been driven to 0 or 1, those that matter
