@@ -63,6 +63,43 @@ def test_the_result_generates(call, tiny: Path, tmp_path: Path) -> None:
     assert json.loads(result.out)["stats"]["exactness"] == "exact"
 
 
+@pytest.mark.parametrize(
+    "options,scheme",
+    [
+        (("--scheme", "w8a8"), (8, "channel", True)),
+        (("--scheme", "w4a8"), (4, "group", True)),
+        (("--scheme", "w4a8", "--bits", 3), (3, "group", True)),  # what is said beside it counts
+        (("--scheme", "w8a16"), (8, "group", False)),
+    ],
+)
+def test_schemes_by_name(
+    call, tiny: Path, tmp_path: Path, options: tuple[object, ...], scheme: tuple[int, str, bool]
+) -> None:
+    out = tmp_path / "out"
+    result = call("quantize", tiny, "--out", out, "--method", "rtn", *options, *FAST)
+    assert result.code == 0, result.err
+    group = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    found = group["weights"]["num_bits"], group["weights"]["strategy"], group["input_activations"] is not None
+    assert found == scheme
+    result = call("generate", "Question:", "--model", out, "--method", "none", "-n", 8, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["stats"]["exactness"] == "exact"
+
+
+def test_every_matrix_of_few_bits_under_a_budget(call, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    widths = ("--bits-per-weight", 5, "--widths", 4, "--widths", 8)
+    result = call("quantize", tiny, "--out", out, "--method", "rtn", "--head-bits", 8, *widths, *FAST)
+    assert result.code == 0, result.err
+    assert "bits per weight of linear layers, scales included" in result.out
+    assert "note: its embedding is quantized: quantspec reads that, other engines do not" in result.err
+    result = call("generate", "Question:", "--model", out, "--method", "none", "-n", 8, "--json")
+    assert result.code == 0, result.err
+    wrong = call("quantize", tiny, "--out", tmp_path / "new", "--bits-per-weight", 2)
+    assert (wrong.code, wrong.err.count("\n")) == (2, 1)
+    assert "2 bits per weight cannot be reached" in wrong.err
+
+
 def test_a_cache_of_few_bits(call, tiny: Path, tmp_path: Path) -> None:
     """Quantized for it, a model generates with keys and values in 4 bits; what that costs stands in the report."""
     out = tmp_path / "w4"
