@@ -221,7 +221,6 @@ _TRITON = replace(
     dtypes=("bfloat16", "float16", "float32"),
     group_sizes=range(32, 2**31, 32),
     head_bits=(8, 4, 16),
-    kv_cache_dtypes=("auto",),
     missing=_triton,
 )
 _CUDA = replace(

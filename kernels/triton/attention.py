@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantspec.kernels.triton.rows import Rows, check_layout
+from quantspec.kernels.triton.kv import load_coded
+from quantspec.kernels.triton.rows import Rows, check_layout, check_row
+from quantspec.numerics.kv import KVFormat
 
 CHUNK = 256
 """Logical positions whose keys make one part of a row's result."""
@@ -29,6 +31,7 @@ def _attend_chunk(
     sums: tl.tensor, maxima: tl.tensor, totals: tl.tensor, slots: int, n: int, width: int, chunks: int,
     GROUP: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, CODE_BYTES: tl.constexpr, ROW: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program (tile, kv head, z): chunk z for a tile of queries, or after those, the z-th own chunk of one row."""
     tile, head, z, kv_heads = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
@@ -52,7 +55,7 @@ def _attend_chunk(
     columns = (d < D)[None, :]
     tile_q = tl.load(q + at[:, None] * D + d[None, :], mask=real[:, None] & columns, other=0.0)
     position = length + tl.load(depths + row)
-    plane = head.to(tl.int64) * slots * D
+    plane = head.to(tl.int64) * slots * ROW
     best = tl.full([TILE], float("-inf"), tl.float32)
     total, faults = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.int32)
     acc = tl.zeros([TILE, BLOCK], tl.float32)
@@ -62,9 +65,14 @@ def _attend_chunk(
         there = own | (p < length)
         node = tl.load(paths + alone.to(tl.int64) * width + p - length, mask=own, other=0)
         slot = tl.where(own, length + node, p).to(tl.int64)
-        offset, loaded = plane + slot[:, None] * D + d[None, :], there[:, None] & columns
-        key = tl.load(keys + offset, mask=loaded, other=0.0)
-        value = tl.load(values + offset, mask=loaded, other=0.0)
+        if BITS:
+            coded = plane + slot * ROW
+            key = load_coded(keys + coded, there, d, D, CODE_BYTES, BITS).to(q.dtype.element_ty)
+            value = load_coded(values + coded, there, d, D, CODE_BYTES, BITS).to(q.dtype.element_ty)
+        else:
+            offset, loaded = plane + slot[:, None] * ROW + d[None, :], there[:, None] & columns
+            key = tl.load(keys + offset, mask=loaded, other=0.0)
+            value = tl.load(values + offset, mask=loaded, other=0.0)
         seen = tl.broadcast_to(there[None, :], [TILE, STEP])
         if WINDOW:
             # Weight zero does not silence a NaN in a slot that another row of the tile attends and this one does not.
@@ -112,19 +120,23 @@ def _combine(
     tl.store(out + at * D + d, (acc / total).to(out.dtype.element_ty), mask=d < D)
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, rows: Rows, window: int | None = None) -> Tensor:
+def attention(
+    q: Tensor, keys: Tensor, values: Tensor, rows: Rows, window: int | None = None, form: KVFormat | None = None
+) -> Tensor:
     """Attention of the scaled queries ``q [n, heads, d]`` of one sequence over ``keys, values [kv_heads, slots, d]``,
-    which hold the rows' own already. Returns ``[n, heads * d]``.
+    which hold the rows' own already, with a ``form`` as uint8 ``[.., row_bytes]``. Returns ``[n, heads * d]``.
 
-    A ``window`` keeps the last of a row's path. Products take the dtype of the cache, sums fp32. The workspace takes
+    A ``window`` keeps the last of a row's path. Products take the dtype of the queries, sums fp32. The workspace takes
     ``n * heads * slots / 256`` vectors of fp32. A number that is not finite reaches just the rows that attend it.
     """
     n, heads, d = q.shape
     kv_heads, slots = keys.shape[:2]
-    assert keys.shape == values.shape == (kv_heads, slots, d), "keys and values of one shape, and of the queries' size"
+    assert keys.shape == values.shape, "keys and values of one shape"
+    check_row(keys, d, form)
     assert heads % kv_heads == 0, "every key head serves as many query heads"
     assert n == len(rows) <= slots, "other rows than the tree has"
-    assert q.dtype == keys.dtype == values.dtype, "queries, keys and values of one dtype"
+    assert keys.dtype == values.dtype, "keys and values of one dtype"
+    assert q.dtype == keys.dtype or form is not None, "queries, keys and values of one dtype"
     assert window is None or window > 0, "a window of at least one key"
     check_layout(q, keys, values, rows.cached, rows.depths, rows.paths)
     group, width, chunks = heads // kv_heads, rows.paths.shape[1], triton.cdiv(slots, CHUNK)
@@ -135,10 +147,12 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, rows: Rows, window: int |
     if n:
         # A path of `width` nodes after any prefix reaches into this many chunks, besides those all in the prefix.
         reach = (CHUNK + width - 2) // CHUNK + 1
-        step = _STEP_BYTES // q.element_size()
+        # What codes become takes registers of its own, and wide rows would leave none.
+        step = _STEP_BYTES // q.element_size() // (2 if form and block > 128 else 1)
         _attend_chunk[triton.cdiv(n * group, tile) + n, kv_heads, max(chunks, reach)](
             q, keys, values, rows.cached, rows.depths, rows.paths, sums, maxima, totals, slots, n, width, chunks,
-            group, d, window or 0, tile, CHUNK, step, block, num_warps=4,
+            group, d, window or 0, tile, CHUNK, step, block,
+            form.bits if form else 0, form.code_bytes if form else 0, keys.shape[2], num_warps=4,
         )  # fmt: skip
         _combine[n, heads](
             sums, maxima, totals, rows.cached, rows.depths, out, chunks, d, window or 0, CHUNK, block, num_warps=1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,6 +34,8 @@ def commit(kv: Tensor, length: Tensor, rows: Tensor) -> None:
     ``kv [layers, 2 kv_heads, slots, d]``, ``length [1]`` and ``rows [m]`` int32, on the device; entries of -1 (those
     behind the accepted path) move nothing. Source and target may overlap.
     """
+    if kv.dtype == torch.uint8:  # quantized rows, of a multiple of 4 bytes
+        kv = kv.view(torch.int32)
     planes, slots, d, m = kv.shape[0] * kv.shape[1], kv.shape[2], kv.shape[3], rows.shape[0]
     assert m <= MAX_ROWS, f"at most {MAX_ROWS} rows"
     check_layout(kv, length, rows)

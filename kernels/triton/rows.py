@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantspec.numerics.kv import KVFormat
+
 ALIGNMENT = 16
 
 
@@ -50,3 +52,10 @@ def check_layout(*tensors: Tensor) -> None:
         assert tensor.device == tensors[0].device, "tensors on different devices"
         assert tensor.is_contiguous(), "a tensor with gaps"
         assert tensor.data_ptr() % ALIGNMENT == 0, "an unaligned tensor: clone it"
+
+
+def check_row(kv: Tensor, head_dim: int, form: KVFormat | None) -> None:
+    """The rows of ``kv [heads, slots, width]`` hold so many channels, in ``form``, if there is one."""
+    assert kv.shape[2] == (head_dim if form is None else form.row_bytes), "a cache of other heads"
+    assert (kv.dtype == torch.uint8) == (form is not None), "a cache of another precision"
+    assert form is None or form.head_dim == head_dim, "a form of other heads"

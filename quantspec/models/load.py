@@ -146,14 +146,15 @@ def _attempt(
     folder: Path, config: ModelConfig, device: torch.device, backend: dispatch.Backend, request: dispatch.Request
 ) -> Decoder | CpuDecoder | TritonDecoder | str:
     """The model, or why the backend, one that must prove itself, cannot run it here."""
+    kv = kv_format(config, request.kv_cache_dtype)
     if backend.name not in dispatch.PROVEN:
-        return _load(folder, config, device, backend, kv_format(config, request.kv_cache_dtype))
+        return _load(folder, config, device, backend, kv)
     from quantspec.models.load_triton import Kernels, load_proven
 
     dtype = getattr(torch, request.dtype or backend.dtypes[0])
     head_bits = request.head_bits or (backend.head_bits[0] if request.bits != 16 else 16)
     try:
-        return load_proven(folder, config, device, dtype, head_bits, cast("Kernels", backend.name))
+        return load_proven(folder, config, device, dtype, head_bits, cast("Kernels", backend.name), kv)
     except ModelError:
         raise
     except Exception as error:  # of compilers, drivers and devices that may never have been seen

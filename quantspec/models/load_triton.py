@@ -19,6 +19,7 @@ from quantspec.models.triton_decoder import Matmul, TritonDecoder, TritonLayer
 from quantspec.models.triton_graphs import current
 from quantspec.models.weights import HEAD_SCHEMES, Fused, LayerNames, Weights, fuse, round_head
 from quantspec.numerics.affine import QuantizedWeight, dequantize
+from quantspec.numerics.kv import KVFormat
 
 if TYPE_CHECKING:
     from quantspec.kernels.cuda.linear import Workspace
@@ -30,9 +31,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @torch.no_grad()
 def load_triton_decoder(
     folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, *,
-    head_bits: int = 16, kernels: Kernels = "triton", check: bool = False,
+    head_bits: int = 16, kernels: Kernels = "triton", check: bool = False, kv_format: KVFormat | None = None,
 ) -> TritonDecoder:  # fmt: skip
-    """The decoder of a checkpoint on Triton's kernels, with activations, keys and values of ``dtype``.
+    """The decoder of a checkpoint on Triton's kernels, with activations of ``dtype``, and keys and values of it or in a
+    ``kv_format``.
 
     ``head_bits`` 4 or 8: an LM head that is stored unquantized is rounded to its scheme in ``HEAD_SCHEMES``; 16: it
     stays. ``kernels``: those of the packed layers, see ``packed_linear``. ``check``: hold a layer of each kind to the
@@ -54,7 +56,7 @@ def load_triton_decoder(
         head_weight = round_head(head_weight, head_bits)
     head = loader.head(embedding if head_weight is stored and isinstance(stored, Tensor) else head_weight)
     weights.refuse_leftovers()
-    model = TritonDecoder(config, embedding, layers, norm, head, weight_bytes=weights.bytes)
+    model = TritonDecoder(config, embedding, layers, norm, head, weight_bytes=weights.bytes, kv_format=kv_format)
     model.backend, model.notes = kernels, loader.notes()
     model.row_invariant = kernels != "gptqmodel-marlin"  # how that cuts its work depends on the number of rows
     return model
@@ -128,14 +130,17 @@ def _cuda_linear(
 
 
 def load_proven(
-    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, head_bits: int, kernels: Kernels
-) -> TritonDecoder:
+    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, head_bits: int, kernels: Kernels,
+    kv_format: KVFormat | None = None,
+) -> TritonDecoder:  # fmt: skip
     """A decoder that has shown that it computes right here, by graphs where those can be captured.
 
     Raises as ``load_triton_decoder`` does, ``Unavailable`` where its numbers are wrong, and what compilers raise.
     """
     with current(device):
-        model = load_triton_decoder(folder, config, device, dtype, head_bits=head_bits, kernels=kernels, check=True)
+        model = load_triton_decoder(
+            folder, config, device, dtype, head_bits=head_bits, kernels=kernels, check=True, kv_format=kv_format
+        )
         prove(model)
     return model
 

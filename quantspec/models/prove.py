@@ -14,6 +14,7 @@ from quantspec.kernels.spans import round_up
 from quantspec.models.triton_graphs import NO_GRAPHS
 from quantspec.models.weights import to_dense
 from quantspec.numerics.affine import QuantizedWeight
+from quantspec.numerics.kv import GROUP, KVFormat
 from quantspec.types import Batch
 
 if TYPE_CHECKING:
@@ -59,16 +60,20 @@ def _take(weight: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | QuantizedW
     return QuantizedWeight(weight.codes[rows], weight.scale[rows], zeros, weight.scheme)
 
 
-def check_kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+def check_kernels(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, form: KVFormat | None = None
+) -> None:  # fmt: skip
     """Hold Triton's other kernels, at this model's sizes, to torch in fp32. Raises ``Unavailable``: one is wrong."""
-    for name, actual, expected in _kernels(config, device, dtype):
+    for name, actual, expected in _kernels(config, device, dtype, form):
         # A few roundings to the dtype, of values and, in attention, of weights that sum to 1.
         bound = (expected.abs() + expected.square().mean().sqrt()) * max(4 * _STEP[dtype], 1e-4)
         if not ((actual.float() - expected).abs() <= bound).all():  # false for NaN too
             raise Unavailable(f"its kernel for {name} is wrong on this device")
 
 
-def _kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _kernels(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, form: KVFormat | None
+) -> Iterator[tuple[str, Tensor, Tensor]]:  # fmt: skip
     """Name, result, and result in fp32."""
     from quantspec.kernels.triton.attention import CHUNK, attention, eager_attention
     from quantspec.kernels.triton.norm import eager_rms_norm, rms_norm
@@ -99,14 +104,23 @@ def _kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> I
     table = RopeTable(config.rope, d, device, torch.float32)
     table.grow(slots)
     qkv, qk_norm = random(n, heads + 2 * kv_heads, d), random(heads + kv_heads, d).float() if config.qk_norm else None
-    wide = kv.float()
+    kv = kv if form is None else form.encode(kv.float())
+    wide = kv.float().clone() if form is None else form.decode(kv)
     expected = eager_rope(qkv.float(), table.cos, table.sin, rows, wide, qk_norm, eps)
-    q = rope(qkv, table.cos, table.sin, rows, kv, qk_norm, eps)
+    q = rope(qkv, table.cos, table.sin, rows, kv, qk_norm, eps, form)
     yield "rotary positions", q, expected
-    yield "writing keys and values", kv, wide
+    held = kv.float() if form is None else form.decode(kv)
+    written = held if form is None else torch.where(_near(held, wide, kv, form), wide, held)
+    yield "writing keys and values", written, wide
     for window in dict.fromkeys(config.windows):
-        expected = eager_attention(q.float(), *_halves(kv.float()), rows, window)
-        yield "attention", attention(q, *_halves(kv), rows, window), expected
+        expected = eager_attention(q.float(), *_halves(held), rows, window)
+        yield "attention", attention(q, *_halves(kv), rows, window, form), expected
+
+
+def _near(held: Tensor, rows: Tensor, kv: Tensor, form: KVFormat) -> Tensor:
+    """Whether ``held``, the decoded ``kv``, is as near to ``rows`` as codes can be: half a step, at both ends too."""
+    steps = kv[..., form.code_bytes :].contiguous().view(torch.float32).repeat_interleave(GROUP, -1)
+    return (held - rows).abs() <= 0.51 * steps[..., : form.head_dim]
 
 
 def _halves(kv: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +173,7 @@ def prove(model: TritonDecoder) -> None:
 
     Raises ``Unavailable``: numbers are wrong.
     """
-    check_kernels(model.config, model.device, model.dtype)
+    check_kernels(model.config, model.device, model.dtype, model.kv_format)
     try:
         model.row_invariant = rows_agree(model) and model.row_invariant
     except RuntimeError as error:

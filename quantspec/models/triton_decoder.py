@@ -27,6 +27,7 @@ from quantspec.models.triton_cache import Storage, TritonCache, allocate_kv, slo
 from quantspec.models.triton_frame import TILES, Frame, tile_for
 from quantspec.models.triton_graphs import Graphs, current
 from quantspec.models.triton_rounds import Round, rounds_of
+from quantspec.numerics.kv import KVFormat
 from quantspec.types import Batch, Tap
 
 Matmul = Callable[[Tensor], Tensor]
@@ -53,8 +54,8 @@ class TritonDecoder:
     """A causal language model (see ``models.base.CausalModel``) whose rows are bit-identical at any width, tree,
     chunking and batch, as far as the kernels keep their word on the device.
 
-    Activations, keys and values have the dtype of ``embedding [V, H]``; taps are handed out in fp32. ``head`` gives
-    fp32. ``embed``, ``final_norm`` and ``head`` are there for drafters.
+    Activations, keys and values have the dtype of ``embedding [V, H]``; keys and values with a ``kv_format`` that one.
+    Taps are handed out in fp32. ``head`` gives fp32. ``embed``, ``final_norm`` and ``head`` are there for drafters.
     """
 
     row_invariant = True
@@ -62,8 +63,9 @@ class TritonDecoder:
 
     def __init__(
         self, config: ModelConfig, embedding: Tensor, layers: Sequence[TritonLayer], norm: Tensor, head: Matmul, *,
-        weight_bytes: int,
+        weight_bytes: int, kv_format: KVFormat | None = None,
     ) -> None:  # fmt: skip
+        self.kv_format = kv_format
         self.config, self.weight_bytes = config, weight_bytes
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.max_positions, self.notes = config.max_positions, tuple[str, ...]()
@@ -80,7 +82,9 @@ class TritonDecoder:
         """See ``CausalModel``. A cache that is gone leaves its memory, and the graphs that hold its address, to the
         next of the same size. Raises ``ResourceError``: no memory."""
         config, slots = self.config, slots_for(max_length, max_nodes)
-        shape = (config.num_layers, 2 * config.num_kv_heads, slots, config.head_dim)
+        form = self.kv_format
+        row, stored = (config.head_dim, self.dtype) if form is None else (form.row_bytes, torch.uint8)
+        shape = (config.num_layers, 2 * config.num_kv_heads, slots, row)
         with self._lock:
             storage = next((spare for spare in tuple(self._spare) if spare.kv.shape == shape), None)
             if storage is not None:
@@ -88,7 +92,7 @@ class TritonDecoder:
             else:
                 self._spare.clear()
                 self._rope.grow(slots)
-                kv = allocate_kv(shape, self.device, self.dtype)
+                kv = allocate_kv(shape, self.device, stored)
                 storage = Storage(kv, self._rope.cos, self._rope.sin)
         cache = TritonCache(storage, max_length, max_nodes)
         weakref.finalize(cache, self._spare.append, storage)
@@ -209,9 +213,9 @@ class TritonDecoder:
         results, config = [], self.config
         for part, rows, storage in zip(qkv.split(frame.sizes), frame.rows, storages, strict=True):
             per_head, kv = _aligned(part).view(len(rows), -1, config.head_dim), storage.kv[i]
-            q = rope(per_head, storage.cos, storage.sin, rows, kv, layer.qk_norm, config.rms_norm_eps)
+            q = rope(per_head, storage.cos, storage.sin, rows, kv, layer.qk_norm, config.rms_norm_eps, self.kv_format)
             keys, values = kv.chunk(2)
-            results.append(attention(q, keys, values, rows, layer.window))
+            results.append(attention(q, keys, values, rows, layer.window, self.kv_format))
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def _numbers(self, numbers: Sequence[int]) -> Tensor:

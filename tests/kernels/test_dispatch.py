@@ -186,14 +186,18 @@ def test_a_gpu_without_a_compiler_takes_the_next_and_says_why(gpu: dict[str, str
     assert passed_over(replace(ON_GPU, dtype="float32"), chosen) is None  # the CUDA kernels would not serve anyway
 
 
-def test_a_cache_of_few_bits_is_the_references_on_a_gpu(gpu: dict[str, str | None]) -> None:
+def test_a_cache_of_few_bits_costs_no_backend(gpu: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(ON_GPU, kv_cache_dtype="int8")
-    chosen = choose(small)
-    assert chosen.name == "reference-fast"
-    assert passed_over(small, chosen) == "cuda has no int8 cache of keys and values"
-    with pytest.raises(UsageError, match="has no int8 cache of keys and values"):
-        choose(small, "triton")
+    assert choose(small).name == "cuda"
+    assert choose(small, "triton").name == "triton"
     assert choose(replace(W4, kv_cache_dtype="int4"), "cpu-int8").name == "cpu-int8"
+    lacking = tuple(
+        replace(each, kv_cache_dtypes=("auto",)) if each.name == "cuda" else each for each in dispatch.BACKENDS
+    )
+    monkeypatch.setattr(dispatch, "BACKENDS", lacking)
+    chosen = choose(small)
+    assert chosen.name == "triton"
+    assert passed_over(small, chosen) == "cuda has no int8 cache of keys and values"
 
 
 def test_backends_that_failed_are_not_taken_again(gpu: dict[str, str | None]) -> None:

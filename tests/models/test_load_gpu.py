@@ -209,7 +209,7 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, errors: dict[str, Exception]) -> li
     tried: list[str] = []
 
     def load(folder: Path, config: ModelConfig, device: torch.device, *rest: Any) -> Any:
-        name = rest[-1]
+        *_, name, _ = rest
         tried.append(name)
         if name in errors:
             raise errors[name]

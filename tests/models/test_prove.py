@@ -154,7 +154,7 @@ class Graphed(Device):
     """A model whose capture fails, ``again`` even without graphs."""
 
     def __init__(self, again: bool) -> None:
-        self.graphs, self.config, self.device, self.dtype = True, None, CPU, torch.float32
+        self.graphs, self.config, self.device, self.dtype, self.kv_format = True, None, CPU, torch.float32, None
         super().__init__(lambda _, logits: logits)
         self._again = again
 
