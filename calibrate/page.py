@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, log10
 
@@ -15,7 +16,7 @@ _STYLE = f"""
 body {{ margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem; background: #fff; color: {INK};
   font: 15px/1.5 system-ui, sans-serif; }}
 h1 {{ font-size: 1.5rem; margin: 0; }} h2 {{ font-size: 1.1rem; margin: 2.2rem 0 .5rem; }}
-p {{ margin: .25rem 0 .75rem; max-width: 46rem; }} p, figcaption, .note {{ color: {SOFT}; }}
+p {{ margin: .25rem 0 .75rem; max-width: 46rem; }} p, figcaption {{ color: {SOFT}; }}
 .tiles {{ display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.25rem 0 0; padding: 0; list-style: none; }}
 .tiles li {{ flex: 1 1 9.5rem; border: 1px solid {LINE}; border-radius: 6px; padding: .6rem .8rem; }}
 .tiles span {{ display: block; color: {SOFT}; font-size: .82rem; }} .tiles b {{ font-size: 1.2rem; font-weight: 600; }}
@@ -24,11 +25,12 @@ figcaption {{ font-size: .88rem; margin-bottom: .2rem; }} svg {{ width: 100%; he
 svg text {{ fill: {SOFT}; font: 11px system-ui, sans-serif; }} .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; margin: .4rem 0; }}
 th, td {{ padding: .22rem .7rem .22rem 0; text-align: right; border-bottom: 1px solid {LINE}; vertical-align: top; }}
-th {{ color: {SOFT}; font-weight: 500; }} .first, .text {{ text-align: left; overflow-wrap: anywhere; }}
-summary {{ cursor: pointer; color: {BLUE}; }}
+th, td {{ white-space: nowrap; }} th {{ color: {SOFT}; font-weight: 500; }}
+.text {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}
 @media print {{
   body {{ max-width: none; padding: 0; font-size: 11px; }} h2 {{ break-after: avoid; margin-top: 1.2rem; }}
-  figure, tr, .tiles {{ break-inside: avoid; }} thead {{ display: table-header-group; }} summary {{ display: none; }}
+  figure, tr, .tiles {{ break-inside: avoid; }} thead {{ display: table-header-group; }}
+  .charts {{ flex-wrap: nowrap; }} .charts figure {{ flex: 1 1 0; }}
   * {{ -webkit-print-color-adjust: exact; print-color-adjust: exact; }}
   @page {{ margin: 16mm; }}
 }}
@@ -127,6 +129,49 @@ def _tick(least: float) -> float:
     """The smallest of 1, 2 and 5 times powers of ten that is not below ``least``."""
     power = 10.0 ** floor(log10(least))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= least * (1 - 1e-9))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place of a heat map; ``tip`` is shown under the pointer, and a ``ring`` marks it."""
+
+    value: float
+    tip: str
+    ring: bool = False
+
+
+def heat_map(label: str, rows: Sequence[str], cells: Mapping[tuple[int, int], Cell]) -> str:
+    """``cells`` by (decoder layer, row), shaded by the logarithm of their values, with a scale below."""
+    depth = 1 + max(layer for layer, _ in cells)
+    logs = {place: log10(max(cell.value, 1e-12)) for place, cell in cells.items()}
+    low = min(logs.values())
+    span = max(max(logs.values()) - low, 1e-6)
+    left, height, width = 96, 20, max(7.0, min(34.0, 780 / depth))
+    parts = [
+        f'<text x="{left - 8}" y="{height * row + 14}" text-anchor="end">{escape(name)}</text>'
+        for row, name in enumerate(rows)
+    ]
+    for (layer, row), cell in sorted(cells.items()):
+        x, y, color = left + layer * width, height * row, shade((logs[layer, row] - low) / span)
+        box = f'x="{x:.1f}" y="{y}" width="{width - 1:.1f}" height="{height - 1}" fill="{color}"'
+        parts.append(f"<rect {box}><title>{escape(cell.tip)}</title></rect>")
+        if cell.ring:
+            center = f'cx="{x + (width - 1) / 2:.1f}" cy="{y + (height - 1) / 2:.1f}"'
+            parts.append(f'<circle {center} r="3" fill="#fff" stroke="{BLUE}" stroke-width="2"/>')
+    foot = height * len(rows) + 14
+    for layer in range(0, depth, max(1, round(40 / width))):
+        parts.append(f'<text x="{left + (layer + 0.5) * width:.1f}" y="{foot}" text-anchor="middle">{layer}</text>')
+    parts += _scale(left, foot + 16, 10**low, 10 ** (low + span))
+    size = max(left + depth * width, 420)
+    return f'<div style="max-width:{size * 1.1:.0f}px">{svg(size, foot + 48, label, parts)}</div>'
+
+
+def _scale(x: float, y: float, low: float, high: float) -> Iterator[str]:
+    steps = 24
+    for i in range(steps):
+        yield f'<rect x="{x + 8 * i}" y="{y}" width="8.5" height="10" fill="{shade(i / (steps - 1))}"/>'
+    yield f'<text x="{x}" y="{y + 23}" text-anchor="start">{low:.1e}</text>'
+    yield f'<text x="{x + 8 * steps}" y="{y + 23}" text-anchor="end">{high:.1e}</text>'
 
 
 def shade(share: float) -> str:

@@ -131,4 +131,4 @@ def print_report(report: QuantizeReport) -> None:
         worst = max(report.layers, key=lambda layer: layer.error)
         rows.append((f"largest layer error ({worst.name})", "", f"{worst.error:.2e}"))
     rows.append(("peak memory of the process", "", megabytes(report.peak_bytes)))
-    table(f"quantized into {report.out}", ("", "before", "after"), rows)
+    table(f"quantized into {report.out}, with quantization_report.html", ("", "before", "after"), rows)

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
-from math import log10
 from pathlib import PurePath
 
 from quantspec.calibrate.evaluate.page import by_position
 from quantspec.calibrate.page import (
-    BLUE,
     GRAY,
     LINE,
+    Cell,
     count_bytes,
     document,
     facts,
     figure,
+    heat_map,
     paragraph,
     section,
-    shade,
     svg,
     table,
     tiles,
 )
-from quantspec.calibrate.quantize.config import LayerResult, PartBytes, QuantizeReport, Sensitivity
+from quantspec.calibrate.quantize.config import LayerResult, PartBytes, QuantizeReport
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WORST = 10
-_LEFT, _ROW = 74, 20
+_LEFT = 74
 
 
 def html(report: QuantizeReport) -> str:
@@ -39,7 +38,7 @@ def html(report: QuantizeReport) -> str:
     if report.kv_cache is not None:
         parts.append(_kv_cache(report))
     if report.sensitivity:
-        parts.append(_sensitivity(report.sensitivity))
+        parts.append(_sensitivity(report))
     parts += [_fallbacks(report), _text(report), section("Settings", facts(report.settings)), _every_layer(report)]
     return document("Quantization report", parts)
 
@@ -89,52 +88,14 @@ def _layers(report: QuantizeReport) -> str:
 
 
 def _map(layers: Sequence[LayerResult]) -> str:
-    """One column per decoder layer, one row per projection, shaded by the logarithm of the error."""
-    places = {_place(one.name): one for one in layers}
-    depth = 1 + max(layer for layer, _ in places)
-    errors = [log10(max(one.error, 1e-12)) for one in layers]
-    low, high = min(errors), max(max(errors), min(errors) + 1e-6)
-    width = max(7.0, min(34.0, 800 / depth))
     base = least_damping(layers)
-    parts = [
-        f'<text x="{_LEFT - 8}" y="{_ROW * row + 14}" text-anchor="end">{name}</text>'
-        for row, name in enumerate(_PROJECTIONS)
-    ]
-    for (layer, name), one in sorted(places.items()):
-        x, y = _LEFT + layer * width, _ROW * _PROJECTIONS.index(name)
-        share = (log10(max(one.error, 1e-12)) - low) / (high - low)
-        told = f"{one.name}: error {one.error:.3e}, {one.method}" + (
-            f", damping {one.damping:g}" if one.damping else ""
-        )
-        tip = f"<title>{escape(told)}</title>"
-        parts.append(
-            f'<rect x="{x:.1f}" y="{y}" width="{width - 1:.1f}" height="{_ROW - 1}" fill="{shade(share)}">{tip}</rect>'
-        )
-        if one.fallback_reason or (one.damping or 0) > base:
-            parts.append(
-                f'<circle cx="{x + width / 2 - 0.5:.1f}" cy="{y + 9.5}" r="3" fill="none" stroke="{BLUE}" '
-                f'stroke-width="2"/>'
-            )
-    foot = _ROW * len(_PROJECTIONS) + 14
-    every = max(1, round(40 / width))
-    parts += [
-        f'<text x="{_LEFT + (layer + 0.5) * width:.1f}" y="{foot}" text-anchor="middle">{layer}</text>'
-        for layer in range(0, depth, every)
-    ]
-    size = max(_LEFT + depth * width, 420)
-    parts.append(_scale(foot + 16, 10**low, 10**high))
-    return f'<div style="max-width:{size * 1.1:.0f}px">{svg(size, foot + 48, "error by layer", parts)}</div>'
-
-
-def _scale(y: float, low: float, high: float) -> str:
-    steps = 24
-    parts = [
-        f'<rect x="{_LEFT + 8 * i}" y="{y}" width="8.5" height="10" fill="{shade(i / (steps - 1))}"/>'
-        for i in range(steps)
-    ]
-    for x, value, anchor in ((_LEFT, low, "start"), (_LEFT + 8 * steps, high, "end")):
-        parts.append(f'<text x="{x}" y="{y + 23}" text-anchor="{anchor}">{value:.1e}</text>')
-    return "".join(parts)
+    cells = {}
+    for one in layers:
+        layer, name = _place(one.name)
+        tip = f"{one.name}: error {one.error:.3e}, {one.method}" + (f", damping {one.damping:g}" if one.damping else "")
+        ring = bool(one.fallback_reason) or (one.damping or 0) > base
+        cells[layer, _PROJECTIONS.index(name)] = Cell(one.error, tip, ring)
+    return heat_map("error by layer", _PROJECTIONS, cells)
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -206,13 +167,24 @@ def _kv_cache(report: QuantizeReport) -> str:
     return section("Keys and values", facts(values))
 
 
-def _sensitivity(found: Sequence[Sensitivity]) -> str:
-    ordered = sorted(found, key=lambda one: -one.kl)
-    rows = [(", ".join(one.names), f"{one.kl:.2e}", one.bits) for one in ordered]
+def _sensitivity(report: QuantizeReport) -> str:
+    """Of mixed widths: what each stage was measured to cost, and what it was given."""
+    given = {one.name: one.bits for one in report.layers}
+    stages = list(dict.fromkeys(" ".join(_place(name)[1] for name in one.names) for one in report.sensitivity))
+    cells, rows = {}, []
+    for one in report.sensitivity:
+        layer, stage = _place(one.names[0])[0], " ".join(_place(name)[1] for name in one.names)
+        tip = f"layer {layer}, {stage}: {one.kl:.2e} nats, given {given.get(one.names[0])} bits"
+        cells[layer, stages.index(stage)] = Cell(one.kl, tip)
+        rows.append((layer, stage, f"{one.kl:.2e}", given.get(one.names[0], "")))
+    short = [" ".join(word.removesuffix("_proj") for word in stage.split()) for stage in stages]
+    bits = report.sensitivity[0].bits
     return section(
         "Sensitivity",
-        paragraph("KL divergence in nats when these layers alone are rounded, and the bits that they were given."),
-        table(("layers", "KL", "bits"), rows),
+        figure(
+            f"KL divergence in nats when these layers alone are rounded to {bits} bits", heat_map("KL", short, cells)
+        ),
+        table(("layer", "linear layers", "KL", "bits given"), sorted(rows, key=lambda row: -float(row[2])), (1,)),
     )
 
 
