@@ -119,7 +119,7 @@ def test_a_quantized_model_is_not_quantized_again(configure: Configure) -> None:
         run(configure("again", model=configure().out))
 
 
-@pytest.mark.parametrize("wrong", [{"method": "awq"}, {"num_samples": 0}, {"seq_len": 1}])
+@pytest.mark.parametrize("wrong", [{"method": "none"}, {"num_samples": 0}, {"seq_len": 1}])
 def test_impossible_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         QuantizeConfig(Path("a"), Path("b"), **wrong)

@@ -299,13 +299,39 @@ run(config, lambda event: os.kill(os.getpid(), signal.SIGKILL) if event.done == 
             shard.write_bytes(shard.read_bytes()[:-1])
         else:
             options["resume"] = False
+        if change in ("bits", "model", "text"):
+            with pytest.raises(UsageError, match="another model, calibration text or settings"):
+                run(configure(**options))
+            options["resume"] = False
         events: list[Event] = []
         run(configure(**options), events.append)
         assert sum(event.stage == "layer" for event in events) == 21
         assert not any(event.stage == "resume" for event in events)
-        if change != "damage":
-            assert events[0].stage == "note"
-            assert "starting over" in events[0].message
+        assert ("starting over" in events[0].message) == (change != "damage")
+
+    def test_parts_of_another_run_are_kept(self, configure: Configure, tmp_path: Path) -> None:
+        def stop(event: Event) -> None:
+            if event.done == 8:
+                raise KeyboardInterrupt
+
+        with pytest.raises(Interrupted):
+            run(configure(), stop)
+        before = {path.name: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()}
+        with pytest.raises(UsageError, match="another model, calibration text or settings") as caught:
+            run(configure(bits=3))
+        assert "--no-resume" in str(caught.value.hint)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()} == before
+        events: list[Event] = []
+        run(configure(), events.append)
+        assert (events[0].stage, events[0].done) == ("resume", 7)
+
+    def test_two_runs_do_not_share_a_folder(self, configure: Configure) -> None:
+        def second(event: Event) -> None:
+            if event.done == 1:
+                with pytest.raises(UsageError, match="another run is at work"):
+                    run(configure())
+
+        run(configure(), second)
 
     def test_killed_just_before_the_final_rename(self, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
         def killed(source: Path, target: Path) -> None:
