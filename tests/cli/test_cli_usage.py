@@ -60,7 +60,7 @@ from quantspec.types import SamplingParams
         (["generate", "--prompt-file", "/no/such"], "cannot read the prompt: No such file or directory: /no/such"),
         (["quantize"], "missing argument 'MODEL'"),
         (["quantize", "m"], "missing option '--out'"),
-        (["quantize", "m", "--out", "o", "--method", "awq"], "is not one of"),
+        (["quantize", "m", "--out", "o", "--method", "gguf"], "is not one of"),
         (["quantize", "m", "--out", "o", "--num-samples", "0"], "num_samples must be at least 1"),
         (["train", "tokenizer", "--data", "/no/such", "--out", "o"], "there is no /no/such"),
         (["train", "lm", "--preset", "tpu"], "is not one of"),
