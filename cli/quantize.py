@@ -121,6 +121,8 @@ def print_report(report: QuantizeReport) -> None:
         rows.append(("top-1 agreement", "", f"{report.top1_agreement:.1%}"))
     if report.kl is not None:
         rows.append(("KL divergence, nats per token", "", f"{report.kl:.4f}"))
+    if (found := report.acceptance) is not None:
+        rows.append(("tokens the target accepts, text kept apart", f"{found.before:.1%}", f"{found.after:.1%}"))
     if (kv := report.kv_cache) is not None:
         rows.append(
             (f"perplexity, keys and values in {kv.dtype}", f"{kv.perplexity_before:.3f}", f"{kv.perplexity_after:.3f}")

@@ -125,7 +125,7 @@ def learn(
             }
             loss = _total_variation(drafter, targets, chosen, places, weights).mean()
             adam.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             adam.step()
             _confine(soft, drafter.quantized)
     return {
