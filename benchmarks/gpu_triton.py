@@ -11,7 +11,8 @@ from quantspec.benchmarks.gpu_kernels import BOUNDS, name_of, poisoned, relative
 from quantspec.core.noise import Stream
 from quantspec.errors import VerificationError
 from quantspec.kernels.draws import Drawn, Layout
-from quantspec.kernels.triton.attention import attention, eager_attention
+from quantspec.kernels.spans import round_up
+from quantspec.kernels.triton.attention import CHUNK, attention, eager_attention
 from quantspec.kernels.triton.cache import commit
 from quantspec.kernels.triton.dense import TritonDense
 from quantspec.kernels.triton.norm import rms_norm
@@ -19,6 +20,7 @@ from quantspec.kernels.triton.rope import rope
 from quantspec.kernels.triton.rows import Rows
 from quantspec.kernels.triton.sampling import Dials, draw
 from quantspec.kernels.triton.swiglu import swiglu
+from quantspec.numerics.kv import KVFormat
 
 TREE = (-1, -1, 0, 0, 2, 4, 4, 1, 3, 8, 9)
 Check = Callable[[torch.device, torch.dtype], float]
@@ -72,6 +74,28 @@ def attention_error(device: torch.device, dtype: torch.dtype) -> float:
     return worst
 
 
+def coded_error(device: torch.device, dtype: torch.dtype, kv_heads: int = 8, cached: int = 700) -> float:
+    """Attention over rows in 8 and 4 bits; infinite if a byte is not the oracle's."""
+    worst, n, heads, slots = 0.0, len(TREE), 4 * kv_heads, round_up(cached + len(TREE), CHUNK)
+    for d, bits, window in ((128, 8, None), (128, 4, 300), (64, 8, 2), (96, 4, None)):
+        form, rows = KVFormat(bits, d), Rows.of(TREE, cached, device)
+        qkv = torch.randn(n, heads + 2 * kv_heads, d, device=device).to(dtype)
+        # On the CPU: elsewhere torch divides by a number as it multiplies by its inverse.
+        kv = form.encode(torch.randn(2 * kv_heads, slots, d, device="cpu")).to(device)
+        plain = torch.zeros(2 * kv_heads, slots, d, device=device)
+        cos, sin = torch.ones(2, slots, d, device=device)
+        q = rope(qkv, cos, sin, rows, kv, form=form)
+        rope(qkv, cos, sin, rows, plain)
+        own = slice(cached, cached + n)
+        if not torch.equal(kv[:, own].cpu(), form.encode(plain[:, own].cpu())):
+            return float("inf")
+        held = form.decode(kv).to(dtype).double()
+        expected = eager_attention(q.double(), held[:kv_heads], held[kv_heads:], rows, window)
+        found = attention(q, kv[:kv_heads], kv[kv_heads:], rows, window, form)
+        worst = max(worst, relative_error(found, expected))
+    return worst
+
+
 def dense_error(device: torch.device, dtype: torch.dtype) -> float:
     worst = 0.0
     for n_out, k in ((4096, 4096), (300, 200)):
@@ -113,6 +137,7 @@ CHECKS: dict[str, Check] = {
     "swiglu": swiglu_error,
     "rope": rope_error,
     "attention": attention_error,
+    "attention over 8 and 4 bits": coded_error,
     "dense": dense_error,
     "commit": commit_error,
     "draw": draw_error,

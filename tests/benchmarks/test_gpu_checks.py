@@ -75,9 +75,9 @@ def test_triton_products(triton_device: torch.device) -> None:
 
 @pytest.mark.usefixtures("triton_device")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope", "commit", "draw"])
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope", "commit", "draw", "attention over 8 and 4 bits"])
 def test_triton_kernels(name: str, triton_device: torch.device) -> None:
-    small = {"rms_norm": (37,), "swiglu": (37,), "rope": (3, 1, 16), "commit": (), "draw": (300,)}[name]
+    small = {"rms_norm": (37,), "swiglu": (37,), "rope": (3, 1, 16), "commit": (), "draw": (300,)}.get(name, (1, 7))
     error_of: Callable[..., float] = gpu_triton.CHECKS[name]
     assert error_of(triton_device, torch.float32, *small) <= gpu_kernels.BOUNDS[torch.float32]
 

@@ -138,6 +138,18 @@ def test_without_a_compiler_triton_runs_and_says_so(w4: Path, machine: dict[str,
     assert (logits(model) - reference(w4)).abs().max() < 0.02  # as above, in fp16
 
 
+def test_a_cache_of_few_bits(w4: Path, machine: dict[str, str | None]) -> None:
+    """Checked as it is loaded, kernels and rows."""
+    machine["cuda"] = "no CUDA compiler found (nvcc, NVRTC)"
+    model = load_model(w4, kv_cache_dtype="int8")
+    assert isinstance(model, TritonDecoder)
+    assert (model.backend, model.row_invariant) == ("triton", True)
+    assert [note for note in model.notes if "keys are rounded to int8 as they are" in note]
+    assert model.new_cache(4, 0).storage.kv.dtype == torch.uint8
+    # Of values of size 3: as above, and keys and values off by up to 1/255 of their largest.
+    assert (logits(model) - reference(w4)).abs().max() < 0.25
+
+
 def test_what_is_asked_for(w4: Path, dense_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_triton, "prove", lambda _: None)  # shown above
     model = load_model(w4, dtype="float32", head_bits=4)  # not under "cuda"

@@ -11,6 +11,7 @@ import torch
 from quantspec.models.base import CausalModel
 from quantspec.models.config import ModelConfig
 from quantspec.models.load import load_decoder
+from quantspec.numerics.kv import KVFormat
 from quantspec.numerics.scheme import Scheme
 from quantspec.types import Batch
 
@@ -37,9 +38,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed_copy(make_pair(folder / "dense", "qwen2", **SIZES, **WINDOW).folder, folder / "w", Scheme(4, 128))
 
 
-@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16, torch.float32], ids=str)
+BFLOAT16 = torch.bfloat16
+KINDS = [(BFLOAT16, None), (torch.float16, None), (torch.float32, None), (BFLOAT16, 8), (BFLOAT16, 4)]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=str)
 def model(folder: Path, request: pytest.FixtureRequest) -> TritonDecoder:
-    return load_triton_decoder(folder, ModelConfig.load(folder), CUDA, request.param, head_bits=8)
+    dtype, kv_bits = request.param
+    config = ModelConfig.load(folder)
+    kv_format = None if kv_bits is None else KVFormat(kv_bits, config.head_dim)
+    return load_triton_decoder(folder, config, CUDA, dtype, head_bits=8, kv_format=kv_format)
 
 
 @pytest.fixture(scope="module")
