@@ -10,7 +10,7 @@ from quantspec.calibrate.evaluate.config import PositionBin
 from quantspec.errors import UsageError
 from quantspec.numerics.scheme import CHANNEL, KVCacheDtype, Scheme
 
-MethodName = Literal["gptq", "rtn", "mse", "awq", "learned", "nf4"]
+MethodName = Literal["gptq", "rtn", "mse", "awq", "learned", "nf4", "auto"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ RECIPES: dict[str, Recipe] = {
     "awq": Recipe("mse", ("awq",)),
     "learned": Recipe("learned"),
     "nf4": Recipe("nf4"),
+    "auto": Recipe("gptq"),  # until ``auto.choose`` has chosen: it reads as much text
 }
 
 
@@ -82,6 +83,8 @@ class QuantizeConfig:
     out: Path
     method: MethodName = "gptq"
     options: MethodOptions = MethodOptions()
+    time_budget: float = 60.0
+    """Minutes that "auto" may take to try methods and to quantize with the best; the closing report comes on top."""
     bits: int = 4
     group_size: int = 128
     """Input features that share a scale; -1: one scale per output channel."""
@@ -142,6 +145,8 @@ class QuantizeConfig:
         for name, low in (("num_samples", 1), ("eval_samples", 0), ("seq_len", 2)):
             if getattr(self, name) < low:
                 raise UsageError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if not self.time_budget > 0:
+            raise UsageError(f"time_budget must be above 0 minutes, not {self.time_budget:g}")
         for bits in self.widths:
             Scheme(bits)  # refuses others
         if self.method == "nf4":
@@ -218,6 +223,24 @@ class Sensitivity:
     bits: int
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What "auto" saw of one method: mean KL divergence in nats with ``layers`` of the model's layers rounded, and the
+    seconds that rounding these took; ``refusal`` says why it was not measured or not taken."""
+
+    method: MethodName
+    kl: float | None = None
+    layers: int = 0
+    seconds: float = 0.0
+    refusal: str | None = None
+
+    @property
+    def outcome(self) -> str:
+        found = "not measured" if self.kl is None else f"KL {self.kl:.5f} nats"
+        reason = f": {self.refusal}" if self.refusal else ""
+        return f"{found}, {self.layers} layers in {self.seconds:.1f} s{reason}"
+
+
 Stage = Literal["layer", "resume", "evaluate", "note"]
 
 
@@ -287,6 +310,8 @@ class QuantizeReport:
     kv_cache: KVCacheReport | None = None
     bits_per_weight: float | None = None
     sensitivity: list[Sensitivity] = field(default_factory=list)
+    tried: list[Trial] = field(default_factory=list)
+    """By "auto"; ``settings`` has the method it took."""
     layers: list[LayerResult] = field(default_factory=list)
     bytes_by_part: list[PartBytes] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)

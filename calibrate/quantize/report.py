@@ -23,6 +23,7 @@ from quantspec.calibrate.quantize.config import (
     QuantizeReport,
     Sensitivity,
     TextReport,
+    Trial,
 )
 from quantspec.calibrate.quantize.stream import StreamedModel
 from quantspec.engine.engine import is_out_of_memory
@@ -146,10 +147,11 @@ def read_report(path: Path) -> tuple[str, QuantizeReport]:
     lists = {
         "layers": LayerResult,
         "sensitivity": Sensitivity,
+        "tried": Trial,
         "by_position": PositionBin,
         "bytes_by_part": PartBytes,
     }
-    content |= {name: [kind(**one) for one in content[name]] for name, kind in lists.items()}
+    content |= {name: [kind(**one) for one in content.get(name, ())] for name, kind in lists.items()}
     content |= {name: text and TextReport(**text) for name in ("calibration", "held_out") for text in (content[name],)}
     accepted = content["acceptance"]
     content["acceptance"] = accepted and AcceptanceReport(**accepted)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantspec.calibrate import data
 from quantspec.calibrate.memory import give_back_freed_blocks, peak_bytes
-from quantspec.calibrate.quantize import checkpoint, report
+from quantspec.calibrate.quantize import auto, checkpoint, report
 from quantspec.calibrate.quantize.acceptance import tune
 from quantspec.calibrate.quantize.config import (
     Event,
@@ -21,6 +21,7 @@ from quantspec.calibrate.quantize.config import (
     QuantizeReport,
     Sensitivity,
     Stage,
+    Trial,
 )
 from quantspec.calibrate.quantize.evaluate import batches
 from quantspec.calibrate.quantize.interrupt import deferred_interrupt
@@ -80,6 +81,7 @@ class _Run:
         if config.bits_per_weight is not None:
             narrowest(config, self.plan, linear_sizes(self.source))  # refuses a budget that cannot be met
         self.sensitivity: list[Sensitivity] = []
+        self.tried: list[Trial] = []
         self.done, self.started = 0, time.perf_counter()
         self.notes: list[str] = []
         self.told: set[str] = set()
@@ -111,6 +113,9 @@ class _Run:
             self._say("note", "measuring what each layer costs in few bits")
             self.plan, self.sensitivity = assign(config, self.plan, self.source, calibration, measured)
             self.pipeline.plan = self.plan
+        chosen = work.path / ".quantspec_choice.json"
+        if config.method == "auto" and calibration is not None:
+            calibration = self._choose_method(calibration, chosen)
         self._quantize_layers(work, calibration)
         self._write_rest(work)
         self._round_for_acceptance(work, calibration)
@@ -119,8 +124,16 @@ class _Run:
         atomic.write_json(work.path / report.REPORT, {"fingerprint": seal} | result.to_json())
         atomic.write_bytes(work.path / report.PAGE, html(result).encode())
         measured.unlink(missing_ok=True)
+        chosen.unlink(missing_ok=True)
         work.finish()
         return result
+
+    def _choose_method(self, calibration: Tensor, file: Path) -> Tensor | None:
+        """Settle what "auto" stands for; the calibration rows that it reads."""
+        method, self.tried = auto.choose(self.config, self.plan, self.source, calibration, file, self._note)
+        self.config = replace(self.config, method=method)
+        self.pipeline = LayerPipeline(self.config, self.plan, self.transform, self._on_result)
+        return calibration[: self.pipeline.num_samples] if self.pipeline.calibrated else None
 
     def _rows(self, path: Path, num_rows: int, seed: int | None) -> Tensor:
         tokenizer = data.load_tokenizer(self.config.model)
@@ -255,6 +268,7 @@ class _Run:
             tensor_bytes=self.pipeline.tensor_bytes,
             bits_per_weight=None if self.plan.nf4 else mean_bits(self.plan.schemes, linear_sizes(self.source)),
             sensitivity=self.sensitivity,
+            tried=self.tried,
             layers=[result for layer in work.results for result in layer],
             bytes_by_part=report.bytes_by_part(self.source.store, after),
             settings=report.settings(config),

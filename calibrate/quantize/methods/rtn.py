@@ -3,7 +3,6 @@ error."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from quantspec.calibrate.quantize.config import MethodOptions
