@@ -22,7 +22,7 @@ from quantspec.calibrate.page import (
     table,
     tiles,
 )
-from quantspec.calibrate.quantize.config import LayerResult, PartBytes, QuantizeReport
+from quantspec.calibrate.quantize.config import AcceptanceReport, LayerResult, PartBytes, QuantizeReport
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WORST = 10
@@ -37,6 +37,11 @@ def html(report: QuantizeReport) -> str:
     parts.append(_bytes(report))
     if report.kv_cache is not None:
         parts.append(_kv_cache(report))
+    if report.tried:
+        rows = [(one.method, one.outcome) for one in report.tried]
+        parts.append(section("What method auto tried", table(("method", "what came out"), rows, (0, 1))))
+    if report.acceptance is not None:
+        parts.append(_acceptance(report.acceptance))
     if report.sensitivity:
         parts.append(_sensitivity(report))
     parts += [_fallbacks(report), _text(report), section("Settings", facts(report.settings)), _every_layer(report)]
@@ -165,6 +170,16 @@ def _kv_cache(report: QuantizeReport) -> str:
         "top-1 agreement": f"{kv.top1_agreement:.2%}",
     }
     return section("Keys and values", facts(values))
+
+
+def _acceptance(found: AcceptanceReport) -> str:
+    values = {
+        "before": f"{found.before:.4f}",
+        "after": f"{found.after:.4f} ({found.after - found.before:+.4f})",
+        "codes changed": f"{found.changed:.3%}",
+    }
+    said = "The mean probability that the target accepts a drawn token, on calibration text that was kept apart."
+    return section("Acceptance as a drafter", paragraph(said), facts(values))
 
 
 def _sensitivity(report: QuantizeReport) -> str:

@@ -15,7 +15,7 @@ from quantspec.calibrate.evaluate.page import html as eval_page
 from quantspec.calibrate.evaluate.run import evaluate
 from quantspec.calibrate.evaluate.scoring import STREAMED
 from quantspec.calibrate.quantize import report as module
-from quantspec.calibrate.quantize.config import LayerResult, QuantizeConfig
+from quantspec.calibrate.quantize.config import AcceptanceReport, LayerResult, QuantizeConfig, Trial
 from quantspec.calibrate.quantize.page import html
 from quantspec.calibrate.quantize.report import PAGE, REPORT, part_of, read_report
 from quantspec.calibrate.quantize.run import run
@@ -161,6 +161,29 @@ def test_fallbacks_and_more_damping_stand_out(configure: Configure) -> None:
     assert "the Hessian is <singular>" in text
     assert "damping 0.1" in text
     assert "Note: a < b" in text
+
+
+def test_what_rounding_for_acceptance_did(configure: Configure) -> None:
+    report = run(replace(configure(method="rtn"), eval_samples=0))
+    page = check_self_contained(html(replace(report, acceptance=AcceptanceReport(0.5, 0.625, 0.01))))
+    assert "0.6250 (+0.1250)" in page.text
+
+
+def test_what_auto_tried_is_shown(configure: Configure) -> None:
+    report = run(replace(configure(method="rtn"), eval_samples=0))
+    tried = [Trial("gptq", 0.0125, 2, 3.0), Trial("awq", refusal="no <time>")]
+    page = check_self_contained(html(replace(report, tried=tried)))
+    assert all(one.outcome in page.text for one in tried)
+
+
+def test_mixed_widths_show_what_they_were_chosen_by(configure: Configure) -> None:
+    report = run(replace(configure(method="rtn", bits_per_weight=4.75), eval_samples=0))
+    page = check_self_contained((Path(report.out) / PAGE).read_text())
+    assert "Sensitivity" in page.text
+    assert page.tags.count("rect") > len(report.layers) + len(report.sensitivity)
+    assert len(report.sensitivity) == 3 * 4
+    assert report.bits_per_weight is not None
+    assert report.bits_per_weight <= 4.75
 
 
 @pytest.mark.parametrize("errors", [[0.0, 0.0], [1e-3, 1e-3], [1e-9, 10.0]])
