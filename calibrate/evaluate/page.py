@@ -38,8 +38,9 @@ def html(report: EvalReport) -> str:
 def by_position(bins: Sequence[PositionBin]) -> str:
     """Charts of agreement and divergence, or of the loss where there is no parent, and their figures."""
     compared = all(one.top1_agreement is not None and one.kl is not None for one in bins)
-    charts = [_chart("Top-1 agreement", bins, "top1_agreement"), _chart("KL divergence, nats", bins, "kl")]
-    if not compared:
+    if compared:
+        charts = [_chart("Top-1 agreement", bins, "top1_agreement"), _chart("KL divergence, nats", bins, "kl")]
+    else:
         charts = [_chart("Loss, nats per token", bins, "loss")]
     rows = []
     for one in bins:
@@ -52,7 +53,7 @@ def by_position(bins: Sequence[PositionBin]) -> str:
 
 
 def _chart(caption: str, bins: Sequence[PositionBin], name: str) -> str:
-    ranges = [(one.start, one.end, getattr(one, name) or 0.0) for one in bins]
+    ranges = [(one.start, one.end, getattr(one, name)) for one in bins]
     return figure(caption, steps(caption, ranges, percent=name == "top1_agreement", zero=name == "kl"))
 
 

@@ -187,19 +187,17 @@ def _sensitivity(report: QuantizeReport) -> str:
     given = {one.name: one.bits for one in report.layers}
     stages = list(dict.fromkeys(" ".join(_place(name)[1] for name in one.names) for one in report.sensitivity))
     cells, rows = {}, []
-    for one in report.sensitivity:
+    for one in sorted(report.sensitivity, key=lambda one: -one.kl):
         layer, stage = _place(one.names[0])[0], " ".join(_place(name)[1] for name in one.names)
         tip = f"layer {layer}, {stage}: {one.kl:.2e} nats, given {given.get(one.names[0])} bits"
         cells[layer, stages.index(stage)] = Cell(one.kl, tip)
         rows.append((layer, stage, f"{one.kl:.2e}", given.get(one.names[0], "")))
     short = [" ".join(word.removesuffix("_proj") for word in stage.split()) for stage in stages]
-    bits = report.sensitivity[0].bits
+    caption = f"KL divergence in nats when these layers alone are rounded to {report.sensitivity[0].bits} bits"
     return section(
         "Sensitivity",
-        figure(
-            f"KL divergence in nats when these layers alone are rounded to {bits} bits", heat_map("KL", short, cells)
-        ),
-        table(("layer", "linear layers", "KL", "bits given"), sorted(rows, key=lambda row: -float(row[2])), (1,)),
+        figure(caption, heat_map("KL", short, cells)),
+        table(("layer", "linear layers", "KL", "bits given"), rows, (1,)),
     )
 
 

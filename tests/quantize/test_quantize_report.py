@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantspec.calibrate.evaluate.config import EvalConfig, EvalReport
+from quantspec.calibrate.evaluate.config import EvalConfig, EvalReport, PositionBin
 from quantspec.calibrate.evaluate.page import html as eval_page
 from quantspec.calibrate.evaluate.run import evaluate
 from quantspec.calibrate.evaluate.scoring import STREAMED
@@ -199,3 +199,11 @@ def test_the_page_of_an_evaluation_of_tasks_alone() -> None:
     reader = check_self_contained(eval_page(report))
     assert "m<&" in reader.text
     assert all(shown in reader.text for shown in ("quiz", "0.2500", "0.1000", "slower"))
+
+
+def test_the_page_of_an_evaluation_without_a_parent() -> None:
+    bins = [PositionBin(1, 9, 2.5), PositionBin(9, 17, 2.25)]
+    report = EvalReport("m", "cpu-int8", "auto", 10, perplexity=11.5, rows=1, tokens=16, data="text", by_position=bins)
+    reader = check_self_contained(eval_page(report))
+    assert "2.2500" in reader.text
+    assert "agreement" not in reader.text
