@@ -31,8 +31,8 @@ FLAGS = {
     "symmetric": Flag(help="Store no zero points, or do.", off="--asymmetric"),
     "seq_len": Flag(help="Tokens in a row of calibration or held-out text."),
     "calibration": Flag(
-        help="Text to calibrate on: .jsonl or .json rows, .txt split at <|doc|> lines, or hub:owner/name[:subset][@split]."
-        " Default: a bundled set."
+        help="Text to calibrate on: .jsonl or .json rows, .txt split at <|doc|> lines, or a data set, "
+        "hub:owner/name[:subset][@split]. Default: a bundled set."
     ),
     "calibration_column": Flag(help="Column of the rows to read. Default: the usual names."),
     "held_out": Flag(help="Text for the closing report. Default: a bundled set, disjoint from the calibration text."),
@@ -52,9 +52,12 @@ SERVED_DEFAULT = "default/target-w4"
 @click.argument("model")
 @options_from(QuantizeConfig, FLAGS, skip=("model",))
 @click.option("--scheme", type=click.Choice(sorted(SCHEMES)), help=SCHEME_HELP)
+@click.option("--dry-run", is_flag=True, help="Print plan, bytes, time and memory, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 @click.pass_context
-def quantize(context: click.Context, model: str, scheme: str | None, as_json: bool, **options: Any) -> None:
+def quantize(
+    context: click.Context, model: str, scheme: str | None, dry_run: bool, as_json: bool, **options: Any
+) -> None:
     """Quantize MODEL (a folder, a hub id, or `default`) into a new folder that vLLM and SGLang load too.
 
     An interrupted run goes on where it stopped when the same command is given again.
@@ -72,12 +75,37 @@ def quantize(context: click.Context, model: str, scheme: str | None, as_json: bo
         options["target"] = resolve(SERVED_DEFAULT if str(options["target"]) == "default" else str(options["target"]))
     # `default` generates from a 4-bit copy; its dense original is what can be quantized.
     config = assemble(QuantizeConfig, options, model=resolve(DENSE_DEFAULT if model == "default" else model))
+    if dry_run:
+        print_estimate(config, as_json)
+        return
     with resumable(invocation.command), progress(sys.stderr.isatty()) as on_event:
         report = run(config, on_event)
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:
         print_report(report)
+
+
+def print_estimate(config: QuantizeConfig, as_json: bool) -> None:
+    """What a run with ``config`` would do and need."""
+    from quantspec.calibrate.quantize.estimate import estimate
+
+    found = estimate(config)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+        return
+    rows = [("decoder layers", f"{found.layers}")]
+    rows += [(f"linear layers, {method}", f"{count}") for method, count in found.methods.items()]
+    rows += [(f"weights in {scheme}", f"{count}") for scheme, count in found.schemes.items()]
+    rows += [
+        ("calibration tokens, at most", f"{found.tokens:,}"),
+        ("bytes of tensors now", megabytes(found.bytes_before)),
+        ("bytes of tensors then", megabytes(found.bytes_after)),
+        ("free on the disk", megabytes(found.disk_free)),
+        ("memory, beside Python and torch", megabytes(found.memory)),
+        ("time, without transforms and report", f"about {found.seconds / 60:.1f} min"),
+    ]
+    table(f"plan for {found.out}; nothing is written", ("", ""), rows)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from quantspec.calibrate.quantize.config import QuantizeConfig
 from quantspec.calibrate.quantize.layer import PROJECTIONS, STAGES
-from quantspec.calibrate.quantize.stream import StreamedModel, layer_prefix
+from quantspec.calibrate.quantize.stream import StreamedModel, check_tensors, layer_prefix
 from quantspec.errors import ModelError, UsageError
 from quantspec.models.quantization import EMBEDDING_MODULE, HEAD_MODULE, Format, Quantization
 from quantspec.numerics.scheme import CHANNEL, Scheme
@@ -54,6 +54,7 @@ class Plan:
         """Raises ``ModelError`` or ``UsageError`` when model and options do not go together."""
         if model.config.quantization is not None:
             raise ModelError(f"{config.model} is quantized already", hint="give its bf16 or fp16 parent")
+        check_tensors(model.store, model.config)
         names = [layer_prefix(i) + name for i in range(model.config.num_layers) for name in PROJECTIONS]
         ignored = frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in config.ignore))
         for pattern in config.ignore:

@@ -23,6 +23,7 @@ from quantspec.calibrate.quantize.config import (
     Stage,
     Trial,
 )
+from quantspec.calibrate.quantize.estimate import check_room
 from quantspec.calibrate.quantize.evaluate import batches
 from quantspec.calibrate.quantize.interrupt import deferred_interrupt
 from quantspec.calibrate.quantize.layer import DecoderLayer
@@ -100,6 +101,7 @@ class _Run:
             finished = _finished(config.out, seal)
             self._say("note", f"{config.out} is already the result of these settings")
             return finished
+        check_room(config.out, self.plan, self.source)
         with WorkFolder(config.out, identity, self.source.config.num_layers, config.resume) as work:
             return self._work(work, seal, calibration, held_out)
 
@@ -299,4 +301,6 @@ def _finished(out: Path, seal: str) -> QuantizeReport:
         same = False
     if not same:
         raise UsageError(f"{out} exists already and is not empty", hint="remove it, or choose another --out")
+    with atomic.writing(out):
+        (out / atomic.PROGRESS).unlink(missing_ok=True)  # of a run that was killed after it had renamed the folder
     return finished

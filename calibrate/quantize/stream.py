@@ -119,6 +119,28 @@ def layer_weights(
     return weights
 
 
+def check_tensors(store: TensorStore, config: ModelConfig) -> None:
+    """Raises ``ModelError`` unless a dense checkpoint holds all tensors of the architecture, in its shapes, and no
+    layer holds others, whose work would be left out in silence. Reads no tensor."""
+    wanted = {EMBEDDING: (config.vocab_size, config.hidden_size), FINAL_NORM: (config.hidden_size,)}
+    if not config.tied:
+        wanted[HEAD] = wanted[EMBEDDING]
+    for index in range(config.num_layers):
+        wanted |= {layer_prefix(index) + name: shape for name, shape in _shapes(config).items()}
+    for name, shape in wanted.items():
+        if store.shape(name) != shape:
+            raise ModelError(
+                f"{name} is {list(store.shape(name))} where config.json says {list(shape)}",
+                hint="config.json and the weights belong to different models",
+            )
+    for name in store:
+        if name.startswith("model.layers.") and name not in wanted and not name.endswith("rotary_emb.inv_freq"):
+            raise ModelError(
+                f"{store.folder} has {name}, which a {config.architecture} of {config.num_layers} layers does not",
+                hint="config.json and the weights belong to different models",
+            )
+
+
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of one decoder layer."""
     hidden, wide = config.hidden_size, config.intermediate_size
