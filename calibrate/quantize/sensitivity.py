@@ -1,10 +1,10 @@
 """Widths stage by stage under a budget of bits: mixed precision.
 
 The rule. Linear layers that read the same input (``layer.STAGES``) run as one and share a width. Each stage, rounded to
-the narrowest width while the rest of the model is exact, moves the next-token distributions by some mean KL divergence:
-its sensitivity, measured on a little calibration text. One more bit halves rounding errors, and KL grows with their
-square, so at b bits it counts ``kl * 4 ** (narrowest - b)``. All stages start at the narrowest width; then, again and
-again, the stage whose next width saves the most KL per bit of storage takes it, as long as the budget allows.
+nearest in the narrowest width while the rest of the model is exact, moves the next-token distributions by some mean KL
+divergence: its sensitivity, measured on a little calibration text. One more bit halves rounding errors, and KL grows
+with their square, so at b bits it counts ``kl * 4 ** (narrowest - b)``. All stages start at the narrowest width; then,
+again and again, the stage whose next width saves the most KL per bit of storage takes it, as long as the budget allows.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from torch import Tensor
 from quantspec.calibrate.quantize.config import QuantizeConfig, Sensitivity
 from quantspec.calibrate.quantize.evaluate import log_probs
 from quantspec.calibrate.quantize.layer import PROJECTIONS, STAGES
-from quantspec.calibrate.quantize.methods.scales import search_scale
 from quantspec.calibrate.quantize.plan import Plan
 from quantspec.calibrate.quantize.stream import StreamedModel, layer_prefix
 from quantspec.errors import UsageError
 from quantspec.models import atomic
-from quantspec.numerics.affine import QuantizedWeight, dequantize, quantize_codes
+from quantspec.numerics.affine import dequantize, quantize
 from quantspec.numerics.measures import kl_divergence
 from quantspec.numerics.scheme import Scheme
 
@@ -103,9 +102,8 @@ def measure(model: StreamedModel, plan: Plan, ids: Tensor, bits: int) -> list[Se
             if names[0] in plan.schemes:
                 exact_weights = dict(layer.weights)
                 for short, name in zip(stage, names, strict=True):
-                    layer.weights[f"{short}.weight"] = _rounded(
-                        layer.weights[f"{short}.weight"], replace(plan.schemes[name], bits=bits)
-                    )
+                    weight, scheme = layer.weights[f"{short}.weight"], replace(plan.schemes[name], bits=bits)
+                    layer.weights[f"{short}.weight"] = dequantize(quantize(weight, scheme))
                 moved.append(layer.forward(entering.to(model.device)).cpu())
                 layer.weights = exact_weights
                 stages.append(names)
@@ -119,12 +117,6 @@ def measure(model: StreamedModel, plan: Plan, ids: Tensor, bits: int) -> list[Se
         Sensitivity(names, float(kl_divergence(before, distributions(hidden)).double().mean()), bits)
         for names, hidden in zip(stages, moved, strict=True)
     ]
-
-
-def _rounded(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Rounded to nearest with scales of the least weight error."""
-    scale, zero = search_scale(weight, weight.new_ones(weight.shape[1]), scheme)
-    return dequantize(QuantizedWeight(quantize_codes(weight, scale, zero, scheme), scale, zero, scheme))
 
 
 def solve(
