@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from quantspec.calibrate.evaluate.config import PositionBin
-from quantspec.calibrate.evaluate.scoring import STREAMED, Scores, compare, scores_as_run, scores_streamed
+from quantspec.calibrate.evaluate.scoring import (
+    STREAMED,
+    Comparison,
+    Scores,
+    compare,
+    scores_as_run,
+    scores_streamed,
+)
 from quantspec.calibrate.memory import available_bytes
 from quantspec.calibrate.quantize.config import (
     AcceptanceReport,
@@ -28,6 +36,7 @@ from quantspec.calibrate.quantize.config import (
 from quantspec.calibrate.quantize.stream import StreamedModel
 from quantspec.engine.engine import is_out_of_memory
 from quantspec.errors import QuantSpecError
+from quantspec.models.base import CausalModel
 from quantspec.models.cache import kv_format
 from quantspec.models.config import ModelConfig
 from quantspec.models.load import load_model
@@ -49,8 +58,11 @@ Tell = Callable[[str], None]
 def against_parent(config: QuantizeConfig, folder: Path, ids: Tensor, tell: Tell) -> dict[str, Any]:
     """The report's fields of held-out text ``ids [S, T]``: the parent streamed from disk in fp32, the result in
     ``folder`` on the kernels that generate, so that what *they* round counts too."""
-    backend, after = _scores(config, folder, "auto", ids, tell)
-    found = compare(ids, scores_streamed(StreamedModel(config.model, config.device), ids), after)
+
+    def measure(after: Scores) -> Comparison:
+        return compare(ids, scores_streamed(StreamedModel(config.model, config.device), ids), after)
+
+    backend, found = _measured(config, folder, ids, ("auto",), measure, tell)
     return {
         "perplexity_before": found.perplexity_before,
         "perplexity_after": found.perplexity_after,
@@ -67,8 +79,8 @@ def of_kv_cache(config: QuantizeConfig, folder: Path, ids: Tensor, tell: Tell) -
     dtype = config.kv_cache_dtype
     if dtype == "auto":
         return None
-    scores = [_scores(config, folder, kind, ids, tell)[1] for kind in ("auto", dtype)]
-    found, model = compare(ids, *scores), ModelConfig.load(folder)
+    _, found = _measured(config, folder, ids, ("auto", dtype), partial(compare, ids), tell)
+    model = ModelConfig.load(folder)
     form = kv_format(model, dtype)
     assert form is not None
     return KVCacheReport(
@@ -81,26 +93,34 @@ def of_kv_cache(config: QuantizeConfig, folder: Path, ids: Tensor, tell: Tell) -
     )
 
 
-def _scores(
-    config: QuantizeConfig, folder: Path, kv_cache_dtype: KVCacheDtype, ids: Tensor, tell: Tell
-) -> tuple[str, Scores]:
-    """What computes, and its scores: the model as `generate` would load it. From disk in fp32 where it does not fit or
-    has no kernels, and in the place of the reference, whose arithmetic that is, at more rows a second."""
+def _measured(
+    config: QuantizeConfig,
+    folder: Path,
+    ids: Tensor,
+    kinds: Sequence[KVCacheDtype],
+    measure: Callable[..., Comparison],
+    tell: Tell,
+) -> tuple[str, Comparison]:
+    """What computes, and ``measure`` of the model's scores with each of ``kinds`` of cache, as `generate` would load
+    it. From disk in fp32 where it does not fit or has no kernels, and in the place of the reference, whose arithmetic
+    that is, at more rows a second."""
     room = available_bytes() if config.device == "cpu" else None
+    models: list[CausalModel] = []
     try:
-        if room is not None and 2 * TensorStore(folder).nbytes() > room:
+        if room is not None and 2 * len(kinds) * TensorStore(folder).nbytes() > room:
             raise MemoryError
-        model = load_model(folder, device=config.device, kv_cache_dtype=kv_cache_dtype)
-        if not model.backend.startswith("reference"):
-            return model.backend, scores_as_run(model, ids)
-        del model
-        gc.collect()
+        models += [load_model(folder, device=config.device, kv_cache_dtype=kind) for kind in kinds]
+        if not models[0].backend.startswith("reference"):
+            return models[0].backend, measure(*(scores_as_run(model, ids) for model in models))
     except (QuantSpecError, MemoryError, RuntimeError) as error:
         if not (isinstance(error, QuantSpecError) or is_out_of_memory(error)):
             raise
         reason = str(error) if isinstance(error, QuantSpecError) else "it does not fit into memory"
         tell(f"the result is measured in fp32, layer by layer from disk: {reason}")
-    return STREAMED, scores_streamed(StreamedModel(folder, config.device, kv_cache_dtype), ids)
+    models.clear()
+    gc.collect()
+    streamed = (StreamedModel(folder, config.device, kind) for kind in kinds)
+    return STREAMED, measure(*(scores_streamed(model, ids) for model in streamed))
 
 
 def settings(config: Any) -> dict[str, Any]:

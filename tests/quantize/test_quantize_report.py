@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -144,6 +146,37 @@ def test_without_room_the_comparison_streams_and_says_so(configure: Configure, m
     assert any("does not fit into memory" in note for note in report.notes)
     # int8 activations of the kernels against fp32 ones
     assert report.perplexity_after == pytest.approx(whole.perplexity_after, rel=0.02)
+
+
+def test_memory_that_ends_while_measuring(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers are done: the run goes on by streaming and does not lose them."""
+    calls: list[object] = []
+
+    def short(*arguments: object) -> None:
+        calls.append(arguments)
+        raise MemoryError
+
+    monkeypatch.setattr(module, "scores_as_run", lambda model, ids: (short() for _ in range(9)))
+    report = run(configure(kv_cache_dtype="int8"))
+    native = not load_model(report.out).backend.startswith("reference")  # which streams anyway
+    assert len(calls) == 2 * native
+    assert report.eval_backend == STREAMED
+    assert report.kv_cache is not None
+    assert 0 < report.kv_cache.kl < 0.1
+
+
+def test_available_memory_heeds_the_limits_of_the_process() -> None:
+    program = """
+import resource
+from quantspec.calibrate.memory import available_bytes
+free = available_bytes()
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+capped = available_bytes()
+assert capped is not None
+assert 0 < capped < 2**30, capped
+assert free is None or free >= capped
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_fallbacks_and_more_damping_stand_out(configure: Configure) -> None:
