@@ -13,6 +13,8 @@ import torch
 from dense_transform import write_transformed
 
 from quantspec.calibrate.quantize.config import Event, MethodOptions, QuantizeConfig
+from quantspec.calibrate.quantize.methods.registry import METHODS
+from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.calibrate.quantize.run import run
 from quantspec.calibrate.quantize.stream import StreamedModel
 from quantspec.calibrate.quantize.transforms import awq
@@ -23,7 +25,7 @@ from quantspec.errors import Interrupted, ModelError, UsageError
 from quantspec.models import atomic
 from quantspec.models.load import load_model
 from quantspec.models.tensors import TensorStore
-from quantspec.numerics.affine import dequantize, quantize
+from quantspec.numerics.affine import dequantize
 from quantspec.numerics.scheme import Scheme
 from quantspec.types import Batch
 
@@ -134,12 +136,13 @@ def test_awq_beats_plain_rounding_where_activations_differ(tmp_path: Path) -> No
     layer.weights["input_layernorm.weight"] = torch.ones(HIDDEN).index_fill(0, torch.arange(0, HIDDEN, 6), 10.0)
 
     def error() -> float:
-        exact = layer.attend(layer.attention_input(hidden))
-        kept = dict(layer.weights)
-        for x in "qkv":
-            name = f"self_attn.{x}_proj.weight"
-            layer.weights[name] = dequantize(quantize(kept[name], scheme))
-        rounded = layer.attend(layer.attention_input(hidden))
+        inputs = layer.attention_input(hidden)
+        exact, kept = layer.attend(inputs), dict(layer.weights)
+        seen = Statistics.of({"hessian"}, HIDDEN).add_all([inputs])
+        for name in (f"self_attn.{x}_proj" for x in "qkv"):
+            solution = METHODS["mse"].quantize_linear(name, kept[f"{name}.weight"], scheme, seen, MethodOptions())
+            layer.weights[f"{name}.weight"] = dequantize(solution.quantized)
+        rounded = layer.attend(inputs)
         layer.weights |= kept
         return float((rounded - exact).square().mean())
 
