@@ -4,8 +4,9 @@
 
 prints one JSON object: for each method and number of calibration rows the processor seconds of one layer (its reading,
 its forward and its rounding; writing it and the closing report are left out), and the minutes that all layers of the
-shape would take on ``--threads`` cores that do nothing else. ``--project`` draws a line through the first and the last
-of ``--rows``. Processor time, and the least of ``--rounds``, because other jobs may share the machine.
+shape would take on two cores that do nothing else and share the work evenly. ``--project`` draws a line through the
+first and the last of ``--rows``. One thread, its processor time and the least of ``--rounds``, because other jobs may
+share the machine, and threads that wait for each other would count too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from quantspec.calibrate.quantize.plan import Plan
 from quantspec.calibrate.quantize.stream import EMBEDDING, FINAL_NORM, StreamedModel
 from quantspec.models import atomic
 
+_CORES = 2
 _VOCAB = 256  # nothing here reads it
 
 
@@ -87,7 +89,7 @@ def measure(config: QuantizeConfig, shape: ModelShape, rows: list[int], project:
     lines = {count: found[first] + slope * (count - first) for count in project if last > first}
 
     def minutes(seconds: float) -> float:
-        return round(seconds * shape.layers / 60 / torch.get_num_threads(), 2)
+        return round(seconds * shape.layers / 60 / _CORES, 2)
 
     return {
         "layer_cpu_seconds": {count: round(seconds, 2) for count, seconds in found.items()},
@@ -103,18 +105,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16], help="calibration rows, rising")
     parser.add_argument("--project", type=int, nargs="+", default=[64, 128], help="rows to project to")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
     for name in ("bits", "group_size", "seq_len"):
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(QuantizeConfig, name))
     given = vars(parser.parse_args())
-    torch.set_num_threads(given.pop("threads"))
+    torch.set_num_threads(1)
     shape, rows, project, rounds = (given.pop(name) for name in ("shape", "rows", "project", "rounds"))
     methods = given.pop("methods")
     with tempfile.TemporaryDirectory() as folder:
         write_layer(Path(folder), shape)
         config = QuantizeConfig(Path(folder), Path(folder) / "out", **given)
         found = {method: measure(replace(config, method=method), shape, rows, project, rounds) for method in methods}
-    print(json.dumps({"layers": shape.layers, "threads": torch.get_num_threads(), "methods": found}, indent=2))
+    print(json.dumps({"layers": shape.layers, "cores": _CORES, "methods": found}, indent=2))
 
 
 if __name__ == "__main__":

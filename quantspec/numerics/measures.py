@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 512  # columns of one block of a quadratic form
+_BLOCK = 256  # columns of one block of a quadratic form
 
 
 def relative_mse(approximate: Tensor, exact: Tensor) -> float:

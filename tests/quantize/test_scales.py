@@ -11,7 +11,7 @@ from quantspec.calibrate.quantize.methods import rtn
 from quantspec.calibrate.quantize.methods.scales import refit_scale, search_scale, search_scale_on_outputs
 from quantspec.calibrate.quantize.observe import Hessian, Statistics
 from quantspec.numerics.affine import QuantizedWeight, dequantize, min_max_scale, quantize, quantize_codes
-from quantspec.numerics.measures import relative_output_mse
+from quantspec.numerics.measures import output_power, relative_output_mse
 from quantspec.numerics.scheme import Scheme
 
 SCHEMES = (Scheme(3, 32), Scheme(4, 64, symmetric=False), Scheme(4, 48), Scheme(2, -1))
@@ -48,7 +48,10 @@ def test_search_is_never_worse_than_min_max(scheme: Scheme) -> None:
     plain, searched = min_max_scale(weight, scheme), search_scale(weight, power, scheme)
     assert searched[0].dtype == torch.bfloat16
     assert weighted(*searched) < weighted(*plain)
-    assert output(*search_scale_on_outputs(weight, hessian.matrix, scheme)) < output(*searched)
+    *on_outputs, error = search_scale_on_outputs(weight, hessian.matrix, scheme)
+    assert output(*on_outputs) < output(*searched)
+    # Sums in fp32 of as many products as the oracle's, in another order.
+    assert error == pytest.approx(output(*on_outputs) * output_power(weight, hessian.matrix), rel=1e-4)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -3,14 +3,16 @@ error."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from quantspec.calibrate.quantize.config import MethodOptions
 from quantspec.calibrate.quantize.methods.base import Solution, all_finite, check_finite
 from quantspec.calibrate.quantize.methods.scales import search_scale_on_outputs
 from quantspec.calibrate.quantize.observe import Statistics
-from quantspec.numerics.affine import QuantizedWeight, dequantize, min_max_scale, quantize, quantize_codes
-from quantspec.numerics.measures import relative_mse, relative_output_mse
+from quantspec.numerics.affine import QuantizedWeight, dequantize, quantize, quantize_codes
+from quantspec.numerics.measures import output_power, relative_mse
 from quantspec.numerics.scheme import Scheme
 
 
@@ -31,13 +33,9 @@ def quantize_linear_mse(
     assert statistics.hessian is not None
     check_finite(name, weight)
     hessian = statistics.hessian.matrix
-    reason = None
-    if all_finite(hessian):
-        scale, zero_point = search_scale_on_outputs(weight, hessian, scheme)
-    else:
+    if not all_finite(hessian):
         reason = "the calibration inputs overflow"
-        scale, zero_point = min_max_scale(weight, scheme)
+        return replace(quantize_linear(name, weight, scheme, statistics, options), fallback_reason=reason)
+    scale, zero_point, error = search_scale_on_outputs(weight, hessian, scheme)
     quantized = QuantizedWeight(quantize_codes(weight, scale, zero_point, scheme), scale, zero_point, scheme)
-    if reason:
-        return Solution(quantized, "rtn", relative_mse(dequantize(quantized), weight), fallback_reason=reason)
-    return Solution(quantized, "mse", relative_output_mse(dequantize(quantized), weight, hessian))
+    return Solution(quantized, "mse", error / (output_power(weight, hessian) or 1.0))

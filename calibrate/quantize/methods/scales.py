@@ -24,14 +24,16 @@ def search_scale(weight: Tensor, importance: Tensor, scheme: Scheme) -> tuple[Te
     return scale, zero_point
 
 
-def search_scale_on_outputs(weight: Tensor, hessian: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+def search_scale_on_outputs(weight: Tensor, hessian: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None, float]:
     """Stored scale and zero point ``[N, G]`` of clipped ranges for the least output error ``tr(E H E^T)`` of plain
-    rounding: group by group, each on top of the errors that the others make. Looks near what ``search_scale`` finds."""
+    rounding, and that error: group by group, each on top of the errors that the others make. Looks near what
+    ``search_scale`` finds."""
     scale, zero_point, clip, error = _search_columns(weight, hessian.diagonal(), scheme)
-    step = _step(scheme)
+    step, total = _step(scheme), 0.0
     for group, part in enumerate(group_slices(weight.shape[1], scheme)):
         block = hessian[part, part].contiguous()
-        others = (error @ hessian[:, part]).sub_(error[:, part] @ block).mul_(2)
+        settled = error[:, : part.start] @ hessian[: part.start, part]
+        others = (settled + error[:, part.stop :] @ hessian[part.stop :, part]).mul_(2)
 
         def cost(own: Tensor, block: Tensor = block, others: Tensor = others) -> Tensor:
             return (own @ block).add_(others).mul_(own).sum(1)
@@ -40,7 +42,8 @@ def search_scale_on_outputs(weight: Tensor, hessian: Tensor, scheme: Scheme) -> 
         for steps in _NEAR:
             search.attempt(clip[:, group] + steps * step)
         error[:, part] = search.store(scale, zero_point, group)
-    return scale, zero_point
+        total += float(cost(error[:, part], others=settled.mul_(2)).sum(dtype=torch.float64))
+    return scale, zero_point, max(total, 0.0)  # rounding can push a tiny quadratic form below zero
 
 
 def refit_scale(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight) -> Tensor:
