@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,14 @@ def estimate(config: QuantizeConfig) -> Estimate:
     plan = Plan.of(config, model)
     pipeline = LayerPipeline(config, plan, None, lambda result: None)
     tokens = pipeline.num_samples * min(config.seq_len, model.config.max_positions) if pipeline.calibrated else 0
-    methods = Counter({config.method: len(plan.schemes)})
+    methods: dict[str, int] = {config.method: len(plan.schemes)}
     if plan.ignored:
         methods["kept as they are"] = len(plan.ignored)
     return Estimate(
         model=str(config.model),
         out=str(config.out),
         layers=model.config.num_layers,
-        methods=dict(methods),
+        methods=methods,
         schemes=dict(Counter(describe(scheme) for scheme in (*plan.schemes.values(), *plan.vocabulary.values()))),
         tokens=tokens,
         bytes_before=model.store.nbytes(),
@@ -96,11 +97,11 @@ def bytes_after(plan: Plan, model: StreamedModel) -> int:
 
 def memory_bytes(config: ModelConfig, tokens: int) -> int:
     """A decoder layer in fp32, three matrices of the widest layer's inputs, and of the calibration text the states
-    between layers and the outputs of attention."""
+    between layers and the outputs of attention. Without such text, three copies of the widest weight."""
     mixed, hidden, wide = config.num_heads * config.head_dim, config.hidden_size, config.intermediate_size
     layer = 4 * (hidden * (2 * mixed + 2 * config.num_kv_heads * config.head_dim) + 3 * hidden * wide)
-    squares = 3 * 4 * max(hidden, mixed, wide) ** 2 if tokens else 0
-    return layer + squares + 4 * tokens * (hidden + mixed)
+    solver = 3 * 4 * (max(hidden, mixed, wide) ** 2 if tokens else hidden * max(mixed, wide))
+    return layer + solver + 4 * tokens * (hidden + mixed)
 
 
 def check_room(out: Path, plan: Plan, model: StreamedModel) -> None:
@@ -149,8 +150,8 @@ def _method_cost(method: Method, scheme: Scheme, config: QuantizeConfig) -> tupl
         inputs = torch.randn(_PROBE_TOKENS, k, generator=generator)
         statistics = Statistics.of(method.needs, k, "cpu", len(inputs)).add_all([inputs])
         weight = torch.randn(_PROBE_ROWS, k, generator=generator)
-        taken = _fastest(lambda w=weight, s=statistics: method.quantize_linear("probe", w, scheme, s, config.options))
-        costs.append(taken / (_PROBE_ROWS * k))
+        probe = partial(method.quantize_linear, "probe", weight, scheme, statistics, config.options)
+        costs.append(_fastest(probe) / (_PROBE_ROWS * k))
     small, large = _PROBE_COLUMNS
     per_column = max(0.0, (costs[1] - costs[0]) / (large - small))
     return max(0.0, costs[0] - per_column * small), per_column

@@ -8,11 +8,16 @@ from torch import Tensor
 _BLOCK = 256  # columns of one block of a quadratic form
 
 
+_ROWS = 256  # that stand in fp64 at once: the whole weight would be the largest tensor of a run
+
+
 def relative_mse(approximate: Tensor, exact: Tensor) -> float:
     """``|approximate - exact|^2 / |exact|^2`` (Frobenius); 0 when both are zero."""
-    power = exact.double().square().sum()
-    error = (approximate.double() - exact.double()).square().sum()
-    return float(error / power) if power > 0 else float(error)
+    power = error = 0.0
+    for part, whole in zip(approximate.split(_ROWS), exact.split(_ROWS), strict=True):
+        power += float(whole.double().square_().sum())
+        error += float((part.double() - whole).square_().sum())
+    return error / power if power > 0 else error
 
 
 def output_power(weight: Tensor, hessian: Tensor) -> float:

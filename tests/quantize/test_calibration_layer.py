@@ -51,5 +51,5 @@ def test_equals_transformers(kind: str, options: dict[str, Any], tmp_path: Path)
     hidden = model.embed(ids)
     for index in range(3):
         hidden = model.layer(index).forward(hidden)
-    logits = model.final_norm(hidden) @ model.store.get(model.head_name).T
+    logits = model.final_norm(hidden) @ model.head().T
     assert (logits - expected.logits).abs().max() < 1e-4
