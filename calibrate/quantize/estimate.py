@@ -20,7 +20,7 @@ from quantspec.calibrate.quantize.methods.registry import METHODS
 from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.calibrate.quantize.pipeline import LayerPipeline
 from quantspec.calibrate.quantize.plan import Plan
-from quantspec.calibrate.quantize.stream import StreamedModel, layer_prefix
+from quantspec.calibrate.quantize.stream import EMBEDDING, StreamedModel, layer_prefix
 from quantspec.errors import ResourceError
 from quantspec.models import atomic
 from quantspec.models.config import ModelConfig
@@ -86,12 +86,13 @@ def bytes_after(plan: Plan, model: StreamedModel) -> int:
     """Of all tensors of the finished checkpoint, to within a few per mille."""
     total = model.store.nbytes()
     for name, scheme in (*plan.schemes.items(), *plan.vocabulary.items()):
-        info = model.store.info(f"{name}.weight")
+        own = f"{name}.weight" in model.store  # a rotation gives a tied model an LM head of its own
+        info = model.store.info(f"{name}.weight" if own else EMBEDDING)
         rows, columns = info.shape
         groups = scheme.num_groups(columns)
-        words = -(-columns * scheme.bits // 32) * 4
+        codes = columns if plan.format == "int-quantized" else -(-columns * scheme.bits // 32) * 4
         zeros = 0 if scheme.symmetric else rows * groups * scheme.bits // 8
-        total += rows * (words + 2 * groups) + zeros - (info.end - info.begin)
+        total += rows * (codes + 2 * groups) + zeros - (info.end - info.begin if own else 0)
     return total
 
 

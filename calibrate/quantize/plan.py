@@ -80,7 +80,7 @@ class Plan:
                     f"{name} has {k} input features, not a multiple of the group size {scheme.group_size}",
                     hint="choose a --group-size that divides them, or -1 for one scale per channel",
                 )
-        vocabulary = vocabulary_schemes(config, model.config.tied, dtype)
+        vocabulary = vocabulary_schemes(config, model.config.tied and not config.rotate, dtype)  # which unties
         schemes = {name: scheme for name in names if name not in ignored}
         return cls(schemes, ignored, vocabulary, config.activation_bits, nf4)
 

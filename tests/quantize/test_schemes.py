@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quantspec.calibrate.quantize.config import Event, QuantizeConfig, Sensitivity
+from quantspec.calibrate.quantize.estimate import estimate
 from quantspec.calibrate.quantize.layer import STAGES
 from quantspec.calibrate.quantize.methods import nf4
 from quantspec.calibrate.quantize.plan import Plan
@@ -323,3 +324,33 @@ def test_nf4_is_what_transformers_makes_of_it(configure: Configure, tmp_path: Pa
     a, b = logits(config.out), logits(tmp_path / "theirs")
     assert float((a - b).abs().max()) < 1e-5  # one model twice
     assert report.perplexity_after is not None
+
+
+def test_a_rotation_parts_a_tied_matrix(configure: Configure) -> None:
+    config = configure(method="rtn", rotate=True, head_bits=8, embedding_bits=6)
+    run(config)
+    quantization = ModelConfig.load(config.out).quantization
+    assert quantization is not None
+    assert (quantization.scheme_of("lm_head"), quantization.scheme_of("model.embed_tokens")) == (
+        Scheme(8, 32),
+        Scheme(6, 32),
+    )
+    exact = logits(config.out, backend="reference-exact")
+    # Int8 activations and 8-bit products: a few steps of 1/127.
+    assert float((logits(config.out) - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_bits": 8},
+        {"activation_bits": 8, "bits": 8, "group_size": -1},
+        {"head_bits": 8},
+        {"bits": 3, "symmetric": False},
+    ],
+)
+def test_bytes_are_known_beforehand(configure: Configure, options: dict[str, Any]) -> None:
+    config = configure(method="rtn", **options)
+    report = run(config)
+    # Shapes are stored beside packed weights, 16 bytes each, which a tiny model's bytes show.
+    assert abs(report.bytes_after / estimate(config).bytes_after - 1) < 0.01
