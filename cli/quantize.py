@@ -26,7 +26,10 @@ FLAGS = {
         help="gptq and learned measure inputs on text; rtn rounds to nearest; mse, with searched scales; awq, after "
         "scaling channels by their inputs; auto tries them and takes the least KL."
     ),
-    "target": Flag(help="With learned: the model that MODEL drafts for; a last stage rounds for its acceptance."),
+    "target": Flag(
+        help="With learned: the model that MODEL drafts for; a last stage rounds for its acceptance. Give its own text as "
+        "--calibration."
+    ),
     "bits": Flag(help="Bits per weight."),
     "symmetric": Flag(help="Store no zero points, or do.", off="--asymmetric"),
     "seq_len": Flag(help="Tokens in a row of calibration or held-out text."),

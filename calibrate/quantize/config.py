@@ -107,7 +107,8 @@ class QuantizeConfig:
     kv_cache_dtype: KVCacheDtype = "auto"
     """Calibrate factors of key channels for a cache of so few bits, and fold them into the weights; auto: do not."""
     target: Path | None = None
-    """The model that this one drafts for (learned rounding alone): a last stage then rounds for its acceptance."""
+    """The model that this one drafts for (learned rounding alone): a last stage then rounds for its acceptance,
+    on the calibration text, which should be the target's own."""
     calibration: Path | None = None
     """Text (``.jsonl``, or ``.txt`` split at ``<|doc|>`` lines) to measure inputs on. None: the bundled set."""
     calibration_column: str | None = None

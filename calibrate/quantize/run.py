@@ -234,6 +234,8 @@ class _Run:
         if target is None:
             return
         assert calibration is not None
+        if config.calibration is None:
+            self._note("the bundled text is not the target's own: give text that it wrote as --calibration")
         if work.acceptance is None:
             self._say("evaluate", f"rounding for acceptance by {target}")
             quantized, found = tune(work.path, target, calibration, config.options, config.seed, config.device)
