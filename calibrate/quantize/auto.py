@@ -114,7 +114,8 @@ def _first_layer(
     tried: dict[str, Trial],
 ) -> list[_Candidate]:
     """All candidates past the first layer, as far as a share of the budget goes; ``tried`` hears of all."""
-    running, limit = [], _now() + _TRIAL_SHARE * 60 * config.time_budget
+    limit = _now() + _TRIAL_SHARE * 60 * config.time_budget
+    running: list[_Candidate] = []
     for name in CANDIDATES:
         try:
             own = replace(config, method=name)
