@@ -51,7 +51,8 @@ def test_a_packed_folder_is_worth_its_rounded_weights(model: Path, tmp_path: Pat
             tensors[name] = weight
     config = json.loads((model / "config.json").read_text())
     weights = {"num_bits": 4, "group_size": 16, "symmetric": True}
-    quantization = {"config_groups": {"group_0": {"weights": weights}}}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
     write_json(tmp_path / "config.json", config | {"quantization_config": quantization})
     save_tensors(tmp_path / "model.safetensors", tensors)
     dense, packed = load_net(model), load_net(tmp_path)
