@@ -27,8 +27,8 @@ FLAGS = {
         "scaling channels by their inputs; auto tries them and takes the least KL."
     ),
     "target": Flag(
-        help="With learned: the model that MODEL drafts for; a last stage rounds for its acceptance. Give its own text as "
-        "--calibration."
+        help="With learned: the model that MODEL drafts for; a last stage rounds for its acceptance. Give its own "
+        "text as --calibration."
     ),
     "bits": Flag(help="Bits per weight."),
     "symmetric": Flag(help="Store no zero points, or do.", off="--asymmetric"),

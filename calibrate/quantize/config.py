@@ -62,7 +62,7 @@ class MethodOptions:
 
     acceptance_steps: int = 300
     """Drafters with a ``target``: steps of gradient descent on acceptance."""
-    acceptance_rate: float = 0.02
+    acceptance_rate: float = 0.01
     """Drafters with a ``target``: how far a step moves a weight, in codes."""
 
     def __post_init__(self) -> None:
