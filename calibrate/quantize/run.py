@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantspec.calibrate import data
-from quantspec.calibrate.memory import give_back_freed_blocks, peak_bytes
+from quantspec.calibrate.memory import give_back_freed_blocks, give_back_the_rest, peak_bytes
 from quantspec.calibrate.quantize import auto, checkpoint, report
 from quantspec.calibrate.quantize.acceptance import tune
 from quantspec.calibrate.quantize.config import (
@@ -193,6 +193,7 @@ class _Run:
 
     def _on_result(self, result: LayerResult) -> None:
         self.done += 1
+        give_back_the_rest()
         self._say("layer", result=result)
         if result.fallback_reason:
             self._say("note", f"{result.name}: round-to-nearest, because {result.fallback_reason}")

@@ -55,6 +55,28 @@ def test_json_report(call, tiny: Path, tmp_path: Path, method: str) -> None:
     assert "\x1b" not in result.err
 
 
+def test_dry_run(call, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "w4"
+    shown = call("quantize", tiny, "--out", out, "--dry-run", *FAST)
+    assert shown.code == 0, shown.err
+    assert "nothing is written" in shown.out
+    assert "linear layers, gptq" in shown.out
+    found = json.loads(call("quantize", tiny, "--out", out, "--dry-run", "--json", *FAST).out)
+    assert found["methods"] == {"gptq": LINEARS}
+    assert found["tokens"] == 4 * 32
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_rows_without_a_known_column(call, tiny: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"body": "Question: how much is two and two? Answer: four. " * 40}))
+    result = call("quantize", tiny, "--out", tmp_path / "w4", "--calibration", rows, *FAST)
+    assert result.code == 3
+    assert "its columns are body; name one with --calibration-column" in result.error
+    named = ("--calibration", rows, "--calibration-column", "body")
+    assert call("quantize", tiny, "--out", tmp_path / "w4", *named, *FAST).code == 0
+
+
 def test_the_result_generates(call, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "w4"
     assert call("quantize", tiny, "--out", out, "--method", "rtn", *FAST).code == 0
