@@ -111,7 +111,9 @@ def test_gptq_stays_under_the_bound(model: Path, text: Path, tmp_path: Path) -> 
         model, big, tmp_path / "out", calibration=str(long), num_samples=samples, seq_len=length, eval_samples=0
     )
     states = 4 * samples * length * (HIDDEN + HIDDEN)
-    assert found["added"] < 1.3 * (layer_bytes(wide) + 3 * 4 * wide**2 + states)
+    # Buffers of the BLAS and holes in the heap do not grow with the model; at this size they are a tenth of the whole.
+    fixed = 20e6
+    assert found["added"] < fixed + 1.3 * (layer_bytes(wide) + 3 * 4 * wide**2 + states)
 
 
 def test_a_model_larger_than_the_memory_that_a_process_may_have(model: Path, text: Path, tmp_path: Path) -> None:
