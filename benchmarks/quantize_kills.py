@@ -35,9 +35,9 @@ _TIMES = ("quantization_report.json", "quantization_report.html", atomic.MANIFES
 
 @dataclass(frozen=True)
 class Kill:
-    """A run killed ``after`` seconds (or ended before: ``killed``), with so many decoder ``layers`` finished. ``loaded``:
-    what stood on disk passed for a model; then it must have been the whole one (``sound``). ``equal``: the resumed run
-    ended with the same bits."""
+    """A run killed ``after`` seconds (or ended before: ``killed``), with so many decoder ``layers`` finished.
+    ``loaded``: what stood on disk passed for a model; then it must have been the whole one (``sound``). ``equal``: the
+    resumed run ended with the same bits."""
 
     after: float
     killed: bool

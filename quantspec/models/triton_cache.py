@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 class Storage:
     """What outlives a cache, since captured graphs hold its addresses.
 
-    ``kv [layers, 2 kv_heads, slots, head_dim]``, or uint8 ``[.., row_bytes]`` of quantized rows; ``cos, sin [>= slots, head_dim]``; inputs by number of rows, and
-    graphs by number of rows, taps and what is drawn (None: used once, not captured yet).
+    ``kv [layers, 2 kv_heads, slots, head_dim]``, or uint8 ``[.., row_bytes]`` of quantized rows; ``cos, sin [>= slots,
+    head_dim]``; inputs by number of rows, and graphs by number of rows, taps and what is drawn (None: used once, not
+    captured yet).
     """
 
     kv: Tensor

@@ -108,7 +108,7 @@ class TestHub:
             raise ConnectionError("Couldn't reach the hub\nlong trace")
 
         self.install(monkeypatch, fail)
-        with pytest.raises(QuantSpecError, match="cannot read the data set owner/name: Couldn't reach the hub$"):
+        with pytest.raises(QuantSpecError, match=r"cannot read the data set owner/name: Couldn't reach the hub$"):
             load_documents(Path("hub:owner/name"))
 
     def test_rows_subset_and_split(self, monkeypatch: pytest.MonkeyPatch) -> None:

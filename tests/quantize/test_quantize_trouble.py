@@ -56,11 +56,14 @@ def test_the_disk_is_full_at_any_file(
             sync(descriptor)
 
         monkeypatch.setattr(os, "fsync", full)
+        refused = None
         try:
             run(cut)
         except ResourceError as error:
-            assert "no space left" in str(error)
-            assert error.exit_code == 4
+            refused = error
+        if refused is not None:  # the last run has nothing left to fail
+            assert "no space left" in str(refused)
+            assert refused.exit_code == 4
             assert not list(tmp_path.glob("cut*/.*.tmp"))
     monkeypatch.undo()
     assert failures > 20  # two a file: its own, and its folder's
@@ -95,7 +98,7 @@ def test_nan_activations_name_the_layer_and_keep_what_is_finished(
     huge = torch.full((64,), 3e38, dtype=torch.bfloat16)
     change(model, **{"model.layers.1.post_attention_layernorm.weight": huge})
     inputs = state(model)
-    with pytest.raises(ModelError, match="layer 1 .* NaN or Inf") as caught:
+    with pytest.raises(ModelError, match=r"layer 1 .* NaN or Inf") as caught:
         run(configure())
     assert caught.value.exit_code == 3
     assert len(list((tmp_path / "out.partial").glob("*.safetensors"))) == 1
