@@ -190,11 +190,12 @@ def test_tau_is_small_for_a_perfect_drafter_and_large_for_a_blind_one(model: Pat
 def test_a_saved_head_is_what_the_generating_side_reads(model: Path, head: EagleHead, tmp_path: Path) -> None:
     """The drafter's own implementation, on the saved folder, gives this net's outputs."""
     from quantspec.drafters.eagle_head import EagleHead as Drafter
+    from quantspec.drafters.eagle_head import read_head
 
     net = load_net(model)
     save_head(head, net, EagleConfig(model, model, tmp_path), {"0.8": 0.6, "1": 0.7})
     saved = load_head(tmp_path, net)
-    drafter = Drafter.load(tmp_path, torch.device("cpu"), torch.float32)
+    drafter = Drafter(*read_head(tmp_path), torch.device("cpu"), torch.float32)
     assert drafter.config.tau_at(0.8) == 0.6
     slots, generator = 6, torch.Generator().manual_seed(8)
     features = torch.randn(slots, TINY.hidden, generator=generator)
