@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -75,7 +76,7 @@ def demo(invocation: Invocation, max_new_tokens: int, out: Path | None, as_json:
     import torch
 
     with resumable(invocation.command):
-        target = _quantized_target(out or _cache() / f"default-{__version__}-w4")
+        target = _quantized_target(out or _cache() / f"default-{_edition()}-w4")
     rows: list[Row] = []
     plain: list[Completion] = []
     for method, name in METHODS.items():
@@ -118,6 +119,19 @@ def _quantized_target(out: Path) -> Path:
     with progress(sys.stderr.isatty()) as on_event:
         run(QuantizeConfig(model=resolve(DENSE_DEFAULT), out=out, eval_samples=0), on_event)
     return out
+
+
+def _edition() -> str:
+    """Names what the cached target depends on: another quantizer's result, or what it left unfinished, is not ours."""
+    from quantspec.calibrate import quantize
+    from quantspec.models.atomic import MANIFEST
+    from quantspec.models.resolve import resolve
+
+    sources = sorted(Path(next(iter(quantize.__path__))).rglob("*.py"))
+    digest = hashlib.sha256()
+    for path in (resolve(DENSE_DEFAULT) / MANIFEST, *sources):
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return f"{__version__}-{digest.hexdigest()[:12]}"
 
 
 def _cache() -> Path:

@@ -52,6 +52,24 @@ def test_demo_prints_one_table_and_reuses_the_target(call, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("small_demo")
+def test_demo_passes_over_what_another_quantizer_cached(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantspec.calibrate import quantize
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "run.py").write_text("# an older one\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(quantize, "__path__", [str(other)])
+        stale = tmp_path / "quantspec" / f"default-{demo._edition()}-w4"
+    stale.mkdir(parents=True)
+    (stale / "config.json").write_text("{}")
+    result = call("demo", "-n", 4)
+    assert result.code == 0, result.err
+    assert (stale / "config.json").read_text() == "{}"
+
+
+@pytest.mark.usefixtures("small_demo")
 def test_demo_fails_if_a_text_differs(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = demo._generate
 
