@@ -123,7 +123,7 @@ def _document(place: str, row: Any, column: str | None, chat: Chat | None) -> Do
     for name in ("text", "content"):
         if isinstance(row.get(name), str):
             return Document(row[name])
-    raise ModelError(f"{place}: no text", hint=f"{_columns(row)}; name one with --calibration-column, or have {_FORMS}")
+    raise ModelError(f"{place}: no text", hint=f"{_columns(row)}; rows need {_FORMS}, or a --calibration-column")
 
 
 def _columns(row: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from quantspec.cli.invocation import Invocation
 from quantspec.cli.options import Flag, assemble, options_from
 from quantspec.cli.render import megabytes, note, table, use_color
 from quantspec.cli.signals import resumable
+from quantspec.errors import UsageError
 
 if TYPE_CHECKING:
     from quantspec.calibrate.quantize.config import QuantizeReport
@@ -47,6 +48,7 @@ SCHEME_HELP = "Short for: " + "; ".join(
     f"{name}, " + " ".join(f"--{option.replace('_', '-')} {value:g}" for option, value in options.items())
     for name, options in SCHEMES.items()
 )
+LEARNED = "--method learned or auto"
 DENSE_DEFAULT = "default/target"
 SERVED_DEFAULT = "default/target-w4"
 
@@ -69,6 +71,7 @@ def quantize(
     for name, value in SCHEMES.get(scheme or "", {}).items():
         if context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
             options[name] = value
+    refuse_unused(context, options)
     # The name is resolved below, when the options are known to be right: it may mean a download.
     assemble(QuantizeConfig, options, model=Path(model))
     from quantspec.calibrate.quantize.run import run
@@ -87,6 +90,27 @@ def quantize(
         click.echo(json.dumps(report.to_json()))
     else:
         print_report(report)
+
+
+def refuse_unused(context: click.Context, options: dict[str, Any]) -> None:
+    """Raises ``UsageError`` for an option that is given and that nothing of this run reads."""
+    method = options["method"]
+    goes_with = {
+        "damping": ("--method gptq, learned or auto", method in ("gptq", "learned", "auto")),
+        "learn_steps": (LEARNED, method in ("learned", "auto")),
+        "learn_rate": (LEARNED, method in ("learned", "auto")),
+        "learn_teraflops": (LEARNED, method in ("learned", "auto")),
+        "acceptance_steps": ("--target", options["target"] is not None),
+        "acceptance_rate": ("--target", options["target"] is not None),
+        "time_budget": ("--method auto", method == "auto"),
+        "widths": ("--bits-per-weight", options["bits_per_weight"] is not None),
+        "calibration_column": ("--calibration", options["calibration"] is not None),
+        "held_out": ("--eval-samples of 1 or more", options["eval_samples"] != 0),
+        "group_size": ("another --method than nf4", method != "nf4"),
+    }
+    for name, (what, used) in goes_with.items():
+        if not used and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name.replace('_', '-')} goes with {what} alone", hint="leave it out, or add that")
 
 
 def print_estimate(config: QuantizeConfig, as_json: bool) -> None:

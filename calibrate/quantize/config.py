@@ -146,6 +146,8 @@ class QuantizeConfig:
         for name, low in (("num_samples", 1), ("eval_samples", 0), ("seq_len", 2)):
             if getattr(self, name) < low:
                 raise UsageError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise UsageError(f"device must be cpu or cuda, not {self.device!r}")
         if not self.time_budget > 0:
             raise UsageError(f"time_budget must be above 0 minutes, not {self.time_budget:g}")
         for bits in self.widths:

@@ -20,10 +20,12 @@ from quantspec.calibrate.quantize.methods.registry import METHODS
 from quantspec.calibrate.quantize.observe import Statistics
 from quantspec.calibrate.quantize.pipeline import LayerPipeline
 from quantspec.calibrate.quantize.plan import Plan
+from quantspec.calibrate.quantize.sensitivity import linear_sizes, mean_bits, narrowest, uniform
 from quantspec.calibrate.quantize.stream import EMBEDDING, StreamedModel, layer_prefix
 from quantspec.errors import ResourceError
 from quantspec.models import atomic
 from quantspec.models.config import ModelConfig
+from quantspec.models.load import usable_device
 from quantspec.numerics.scheme import Scheme
 
 _PROBE_ROWS, _PROBE_COLUMNS = 256, (256, 512)
@@ -54,11 +56,22 @@ class Estimate:
 @torch.no_grad()
 def estimate(config: QuantizeConfig) -> Estimate:
     """Read the headers of ``config.model`` and check the options as a run would; write nothing. Raises as ``run``."""
-    model = StreamedModel(config.model, config.device)
+    model = StreamedModel(config.model, usable_device(config.device)[0])
     atomic.verify_manifest(config.model)
     plan = Plan.of(config, model)
     pipeline = LayerPipeline(config, plan, None, lambda result: None)
     tokens = pipeline.num_samples * min(config.seq_len, model.config.max_positions) if pipeline.calibrated else 0
+    schemes = Counter(describe(scheme) for scheme in (*plan.schemes.values(), *plan.vocabulary.values()))
+    size = bytes_after(plan, model)
+    if config.bits_per_weight is not None:
+        sizes = linear_sizes(model)
+        narrowest(config, plan, sizes)  # refuses a budget that cannot be met
+        widths = ", ".join(map(str, sorted(set(config.widths))))
+        schemes = Counter({f"{widths} bits, {config.bits_per_weight:g} with scales on average": len(plan.schemes)})
+        schemes.update(describe(scheme) for scheme in plan.vocabulary.values())
+        widest = mean_bits(uniform(plan, max(config.widths)), sizes)
+        chosen = min(config.bits_per_weight, widest) - mean_bits(plan.schemes, sizes)
+        size += int(chosen * sum(n * k for n, k in sizes.values()) / 8)
     methods: dict[str, int] = {config.method: len(plan.schemes)}
     if plan.ignored:
         methods["kept as they are"] = len(plan.ignored)
@@ -67,10 +80,10 @@ def estimate(config: QuantizeConfig) -> Estimate:
         out=str(config.out),
         layers=model.config.num_layers,
         methods=methods,
-        schemes=dict(Counter(describe(scheme) for scheme in (*plan.schemes.values(), *plan.vocabulary.values()))),
+        schemes=dict(schemes),
         tokens=tokens,
         bytes_before=model.store.nbytes(),
-        bytes_after=bytes_after(plan, model),
+        bytes_after=size,
         disk_free=shutil.disk_usage(_standing(config.out)).free,
         memory=memory_bytes(model.config, tokens),
         seconds=_seconds(config, plan, model, tokens),
@@ -110,8 +123,9 @@ def check_room(out: Path, plan: Plan, model: StreamedModel) -> None:
     interrupted run has written counts."""
     partial = out.with_name(out.name + ".partial")
     written = sum(path.stat().st_size for path in partial.glob("*.safetensors")) if partial.is_dir() else 0
-    need, free = bytes_after(plan, model) - written, shutil.disk_usage(_standing(out)).free
-    if need > free:
+    need, disk = bytes_after(plan, model) - written, shutil.disk_usage(_standing(out))
+    free = disk.free
+    if disk.total and need > free:  # file systems that keep nothing say 0
         raise ResourceError(
             f"the result needs {need / 1e6:,.0f} MB more on the disk of {out}, which has {free / 1e6:,.0f} MB free",
             hint="make room, or choose another --out",

@@ -38,6 +38,7 @@ from quantspec.calibrate.quantize.work import WorkFolder, fingerprint, report_fi
 from quantspec.errors import Interrupted, ModelError, ResourceError, UsageError
 from quantspec.models import atomic
 from quantspec.models.config import KV_CALIBRATED, read_config
+from quantspec.models.load import usable_device
 from quantspec.models.quantization import EMBEDDING_MODULE
 from quantspec.models.tensors import TensorInfo, TensorStore
 
@@ -71,7 +72,9 @@ class _Run:
     """One run: its inputs, and the counters behind its events."""
 
     def __init__(self, config: QuantizeConfig, on_event: OnEvent) -> None:
-        self.config, self.on_event = config, on_event
+        device, self.lowered = usable_device(config.device)
+        self.config = config = replace(config, device=device)
+        self.on_event = on_event
         self.source = StreamedModel(config.model, config.device)
         atomic.verify_manifest(config.model)
         self.plan = Plan.of(config, self.source)
@@ -89,7 +92,11 @@ class _Run:
 
     def run(self) -> QuantizeReport:
         config = self.config
+        for line in self.lowered:
+            self._say("note", line)
         calibration = None
+        if config.calibration is not None and not self.pipeline.calibrated:
+            self._say("note", f"{config.method} reads no calibration text: {config.calibration} is left alone")
         if self.pipeline.calibrated:
             calibration = self._rows(config.calibration or data.CALIBRATION, self.pipeline.num_samples, config.seed)
         held_out = (

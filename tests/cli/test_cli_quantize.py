@@ -72,7 +72,7 @@ def test_calibration_rows_without_a_known_column(call, tiny: Path, tmp_path: Pat
     rows.write_text(json.dumps({"body": "Question: how much is two and two? Answer: four. " * 40}))
     result = call("quantize", tiny, "--out", tmp_path / "w4", "--calibration", rows, *FAST)
     assert result.code == 3
-    assert "its columns are body; name one with --calibration-column" in result.error
+    assert "its columns are body; rows need" in result.error
     named = ("--calibration", rows, "--calibration-column", "body")
     assert call("quantize", tiny, "--out", tmp_path / "w4", *named, *FAST).code == 0
 
@@ -226,3 +226,34 @@ def test_out_of_memory(call, tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
     result = call("quantize", tiny, "--out", tmp_path / "w4", *FAST)
     assert result.code == 4
     assert "out of memory" in result.error
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--method", "rtn", "--learn-steps", 5), "--learn-steps goes with --method learned or auto alone"),
+        (("--method", "mse", "--damping", 0.1), "--damping goes with --method gptq, learned or auto alone"),
+        (("--widths", 4), "--widths goes with --bits-per-weight alone"),
+        (("--time-budget", 5), "--time-budget goes with --method auto alone"),
+        (("--calibration-column", "body"), "--calibration-column goes with --calibration alone"),
+        (("--method", "nf4", "--group-size", 64), "--group-size goes with another --method than nf4 alone"),
+        (("--device", "gpu7"), "device must be cpu or cuda, not 'gpu7'"),
+    ],
+)
+def test_an_option_that_nothing_reads(call, tiny: Path, tmp_path: Path, options: tuple[object, ...], said: str) -> None:
+    result = call("quantize", tiny, "--out", tmp_path / "w4", *options)
+    assert (result.code, result.out) == (2, "")
+    assert said in result.error
+    assert not list(tmp_path.glob("w4*"))
+
+
+def test_what_is_not_read_or_not_there_is_told(
+    call, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    text = tmp_path / "rows.txt"
+    options = ("--method", "rtn", "--calibration", text, "--device", "cuda")
+    result = call("quantize", tiny, "--out", tmp_path / "w4", *options, *FAST)
+    assert result.code == 0, result.err
+    assert f"note: rtn reads no calibration text: {text} is left alone" in result.err
+    assert "note: there is no CUDA device that torch can use: the CPU runs instead" in result.err

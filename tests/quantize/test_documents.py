@@ -73,7 +73,7 @@ def test_a_named_column(tmp_path: Path) -> None:
             [{"body": "x", "id": 1}],
             None,
             "line 1: no text",
-            "its columns are body, id; name one with --calibration-column",
+            "its columns are body, id; rows need text, messages",
         ),
         ([{"text": "x"}, {"id": 1}], "text", "line 2: no column 'text'", "its columns are id"),
         ([{"text": 5}], "text", "neither text nor", ""),
