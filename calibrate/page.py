@@ -94,6 +94,8 @@ def steps(label: str, ranges: Sequence[tuple[int, int, float]], percent: bool = 
     low, high = (0.0 if zero else min(values)), max(values)
     unit = _tick(max(high - low, abs(high) * 1e-3, 1e-9) / 4)
     low, high = floor(low / unit) * unit, ceil(high / unit + 1e-9) * unit
+    if percent and high > 1:  # of which there are none
+        low, high = min(low, 1 - unit), 1.0
     last = ranges[-1][1]
 
     def x(token: float) -> float:

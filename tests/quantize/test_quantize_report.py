@@ -16,6 +16,7 @@ from quantspec.calibrate.evaluate.config import EvalConfig, EvalReport, Position
 from quantspec.calibrate.evaluate.page import html as eval_page
 from quantspec.calibrate.evaluate.run import evaluate
 from quantspec.calibrate.evaluate.scoring import STREAMED
+from quantspec.calibrate.page import steps
 from quantspec.calibrate.quantize import report as module
 from quantspec.calibrate.quantize.config import AcceptanceReport, LayerResult, QuantizeConfig, Trial
 from quantspec.calibrate.quantize.page import html
@@ -240,3 +241,11 @@ def test_the_page_of_an_evaluation_without_a_parent() -> None:
     reader = check_self_contained(eval_page(report))
     assert "2.2500" in reader.text
     assert "agreement" not in reader.text
+
+
+@pytest.mark.parametrize("low", [0.84375, 1.0])
+def test_no_axis_of_shares_goes_past_all(low: float) -> None:
+    drawn = steps("agreement", [(1, 9, 1.0), (9, 17, low)], percent=True)
+    ticks = [float(part.split("%")[0].rpartition(">")[2]) for part in drawn.split("</text>") if part.endswith("%")]
+    assert min(ticks) < 100 == max(ticks)
+    assert "nan" not in drawn

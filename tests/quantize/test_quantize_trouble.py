@@ -16,7 +16,7 @@ from quantspec.benchmarks.quantize_kills import weights_and_files
 from quantspec.calibrate.quantize import estimate
 from quantspec.calibrate.quantize.config import Event, QuantizeConfig
 from quantspec.calibrate.quantize.run import run
-from quantspec.errors import ModelError, ResourceError
+from quantspec.errors import ModelError, ResourceError, UsageError
 from quantspec.models import atomic
 from quantspec.models.tensors import TensorStore
 
@@ -152,3 +152,14 @@ def test_a_dry_run_writes_nothing_and_counts_right(configure: Configure, tmp_pat
     assert found.bytes_before == report.bytes_before
     # shapes of packed tensors, 16 bytes each, are not counted
     assert found.bytes_after == pytest.approx(report.bytes_after, abs=14 * 16)
+
+
+def test_a_dry_run_of_mixed_widths_counts_by_the_budget(configure: Configure) -> None:
+    config = configure(method="rtn", bits_per_weight=5.0, widths=(8, 4))
+    found = estimate.estimate(config)
+    assert found.schemes == {"4, 8 bits, 5 with scales on average": 21}
+    # the layers are few, and one more of them in 8 bits would be over the budget
+    assert run(config).bytes_after <= found.bytes_after + 21 * 16
+    assert found.bytes_after < estimate.estimate(configure(bits=8)).bytes_after
+    with pytest.raises(UsageError, match="3 bits per weight cannot be reached"):
+        estimate.estimate(replace(config, bits_per_weight=3.0))
