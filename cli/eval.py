@@ -88,20 +88,10 @@ def progress(terminal: bool) -> Iterator[Callable[[int, int], None] | None]:
 
 def print_report(report: EvalReport) -> None:
     """The report as tables."""
-
-    def between(bounds: list[float] | None, form: str) -> str:
-        return "" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
+    from quantspec.calibrate.evaluate.page import intervals
 
     if report.perplexity is not None:
-        rows = [("perplexity", f"{report.perplexity:.3f}", between(report.perplexity_95, ".3f"))]
-        if (parent := report.parent) is not None:
-            rows += [
-                (f"perplexity of {parent.model} ({parent.backend})", f"{parent.perplexity:.3f}", ""),
-                ("ratio of perplexities", f"{parent.ratio:.4f}", between(parent.ratio_95, ".4f")),
-                ("KL divergence, nats per token", f"{parent.kl:.4f}", between(parent.kl_95, ".4f")),
-                ("top-1 agreement", f"{parent.top1_agreement:.1%}", between(parent.top1_agreement_95, ".1%")),
-            ]
-        rows.append(("weights", megabytes(report.weight_bytes), ""))
+        rows = [*intervals(report), ("weights", megabytes(report.weight_bytes), "")]
         title = f"{report.model} on {report.backend}, {report.tokens:,} tokens of {report.data}"
         table(title, ("", "", "95% interval"), rows)
         if report.parent is not None:

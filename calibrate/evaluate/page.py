@@ -24,7 +24,7 @@ def html(report: EvalReport) -> str:
     parts = [paragraph(report.model + (f", against {parent.model}" if parent else "")), tiles(shown)]
     if report.perplexity is not None:
         parts.append(
-            section("Held-out text", table(("", "value", "95% interval"), _intervals(report)), _explained(report))
+            section("Held-out text", table(("", "value", "95% interval"), intervals(report)), _explained(report))
         )
         parts.append(by_position(report.by_position))
     if report.tasks:
@@ -57,7 +57,9 @@ def _chart(caption: str, bins: Sequence[PositionBin], name: str) -> str:
     return figure(caption, steps(caption, ranges, percent=name == "top1_agreement", zero=name == "kl"))
 
 
-def _intervals(report: EvalReport) -> list[tuple[str, str, str]]:
+def intervals(report: EvalReport) -> list[tuple[str, str, str]]:
+    """Name, value and 95% interval of each figure, for people."""
+
     def between(bounds: list[float] | None, form: str) -> str:
         return "" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
 

@@ -57,9 +57,7 @@ def fit(
     while (progress := workers.agreed(schedule.progress(step))) < 1 and done_here != stop_after:
         began = time.monotonic()
         factor = schedule.factor(progress)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+        _set_rates(optimizers, factor)
         loss, metrics = loss_of(step, progress)
         loss.backward()
         _update(net, optimizers, optim.clip, step)
@@ -70,8 +68,7 @@ def fit(
                 "minutes": schedule.spent / 60,
                 "loss": float(loss.detach()),
                 "lr_factor": factor,
-                **metrics,
-            }
+            } | metrics
             if tokens_per_step:
                 row["tokens_per_second"] = tokens_per_step / (time.monotonic() - began)
             _append(out / "log.jsonl", row)
@@ -84,6 +81,12 @@ def fit(
     if evaluate and done_here and workers.rank() == 0:
         _append(out / "log.jsonl", {"step": step, "minutes": schedule.spent / 60, **evaluate()})
     return step
+
+
+def _set_rates(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
 
 
 def _update(net: nn.Module, optimizers: Sequence[torch.optim.Optimizer], clip: float, step: int) -> None:

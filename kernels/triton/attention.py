@@ -24,6 +24,19 @@ _LEAST_TILE = 16
 """Rows of the smallest matrix product: a fixed size, since a larger one may use other instructions."""
 
 
+@triton.jit
+def _load_rows(
+    plane: tl.tensor, at: tl.tensor, there: tl.tensor, d: tl.tensor, dtype: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, CODE_BYTES: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The columns ``d`` of the rows at ``at`` of keys or values, zero where they are not ``there``."""
+    if BITS:
+        rows = load_coded(plane + at, there, d, D, CODE_BYTES, BITS).to(dtype)
+    else:
+        rows = tl.load(plane + at[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+    return rows
+
+
 # Numbers that change from call to call, or with the cache, must not choose the code: 1 and multiples of 16 would.
 @triton.jit(do_not_specialize=["slots", "n", "width", "chunks"])
 def _attend_chunk(
@@ -64,15 +77,9 @@ def _attend_chunk(
         own = single & (p >= length) & (p <= last)
         there = own | (p < length)
         node = tl.load(paths + alone.to(tl.int64) * width + p - length, mask=own, other=0)
-        slot = tl.where(own, length + node, p).to(tl.int64)
-        if BITS:
-            coded = plane + slot * ROW
-            key = load_coded(keys + coded, there, d, D, CODE_BYTES, BITS).to(q.dtype.element_ty)
-            value = load_coded(values + coded, there, d, D, CODE_BYTES, BITS).to(q.dtype.element_ty)
-        else:
-            offset, loaded = plane + slot[:, None] * ROW + d[None, :], there[:, None] & columns
-            key = tl.load(keys + offset, mask=loaded, other=0.0)
-            value = tl.load(values + offset, mask=loaded, other=0.0)
+        at_slot = plane + tl.where(own, length + node, p).to(tl.int64) * ROW
+        key = _load_rows(keys, at_slot, there, d, tile_q.dtype, D, BITS, CODE_BYTES)
+        value = _load_rows(values, at_slot, there, d, tile_q.dtype, D, BITS, CODE_BYTES)
         seen = tl.broadcast_to(there[None, :], [TILE, STEP])
         if WINDOW:
             # Weight zero does not silence a NaN in a slot that another row of the tile attends and this one does not.

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -76,11 +76,7 @@ def load_model(
             raise UsageError(f"{error}: transformers keeps its keys and values", hint=KV_HINT) from error
         if backend or activations or dtype or head_bits:
             raise UsageError(f"{error}: it has no backends to choose from", hint="leave the choice out") from error
-        from quantspec.models.hf import HFModel
-
-        foreign = HFModel.load(folder, device=device)
-        foreign.rotation, foreign.notes = load_rotation(folder, raw), (*lowered, *foreign.notes)
-        return foreign
+        return _load_foreign(folder, raw, device, lowered)
     stored = config.quantization
     (bits, group_size), *more = [(each.bits, each.group_size) for each in stored.schemes] if stored else [(16, -1)]
     as_stored: Activations | None = "int8" if stored and stored.activation_bits == 8 else None
@@ -98,6 +94,15 @@ def load_model(
         model = _load_fastest(folder, config, torch.device(device), request, backend)
     model.rotation = load_rotation(folder, raw)
     model.notes = (*lowered, *model.notes)
+    return model
+
+
+def _load_foreign(folder: Path, raw: dict[str, Any], device: str, notes: tuple[str, ...]) -> CausalModel:
+    """Through transformers."""
+    from quantspec.models.hf import HFModel
+
+    model = HFModel.load(folder, device=device)
+    model.rotation, model.notes = load_rotation(folder, raw), (*notes, *model.notes)
     return model
 
 

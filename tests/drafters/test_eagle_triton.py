@@ -229,6 +229,7 @@ def test_a_draft_waits_for_nothing(folders: dict[str, Any], device: torch.device
     torch.cuda.set_sync_debug_mode("error")
     try:
         drafter, state = pair.drafters[0], pair.states[0]
-        drafter.propose([state], [pair.view(pair.known)], [Budget(8, 9)])
+        drafts = drafter.propose([state], [pair.view(pair.known)], [Budget(8, 9)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert [type(draft) for draft in drafts] == [PendingDraft]
