@@ -94,6 +94,8 @@ class _Run:
         config = self.config
         for line in self.lowered:
             self._say("note", line)
+        if config.seq_len > (limit := self.source.config.max_positions):
+            self._say("note", f"rows of text are {limit} tokens long, all that the model has positions for")
         calibration = None
         if config.calibration is not None and not self.pipeline.calibrated:
             self._say("note", f"{config.method} reads no calibration text: {config.calibration} is left alone")

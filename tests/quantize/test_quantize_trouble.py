@@ -18,6 +18,7 @@ from quantspec.calibrate.quantize.config import Event, QuantizeConfig
 from quantspec.calibrate.quantize.run import run
 from quantspec.errors import ModelError, ResourceError, UsageError
 from quantspec.models import atomic
+from quantspec.models.config import read_config
 from quantspec.models.tensors import TensorStore
 
 Configure = Callable[..., QuantizeConfig]
@@ -163,3 +164,10 @@ def test_a_dry_run_of_mixed_widths_counts_by_the_budget(configure: Configure) ->
     assert found.bytes_after < estimate.estimate(configure(bits=8)).bytes_after
     with pytest.raises(UsageError, match="3 bits per weight cannot be reached"):
         estimate.estimate(replace(config, bits_per_weight=3.0))
+
+
+def test_rows_longer_than_the_model_has_positions_are_told(configure: Configure, model: Path) -> None:
+    limit, notes = read_config(model)["max_position_embeddings"], []
+    config = replace(configure(method="rtn"), eval_samples=1, seq_len=limit + 1)
+    run(config, lambda event: notes.append(event.message))
+    assert f"rows of text are {limit} tokens long, all that the model has positions for" in notes
