@@ -33,8 +33,9 @@ class Row:
     ``equal_to_plain``: every text is that of plain decoding; ``equal_share``: the share of texts that are.
     ``step_ms`` are the milliseconds of a step by part (``PARTS``), without the prompt's forward and the drafter's own
     reading of the prompt. ``acceptance_by_position[k]`` is the share of target forwards that accepted more than k
-    drafted tokens. ``peak_memory_bytes`` is the most that the method's own process held. ``intervals`` are 95% bootstraps
-    over prompts and rounds, for figures that have one. ``error`` says in one line why there are no figures.
+    drafted tokens. ``peak_memory_bytes`` is the most that the method's own process held (on a GPU: of its memory).
+    ``intervals`` are 95% bootstraps over prompts and rounds, for figures that have one. ``error`` says in one line why
+    there are no figures.
     """
 
     task: str
@@ -84,9 +85,7 @@ class Noise:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        return cls(
-            seconds=tuple(data["seconds"]), spread=data["spread"], limit=data["limit"], refusal=data["refusal"]
-        )
+        return cls(seconds=tuple(data["seconds"]), spread=data["spread"], limit=data["limit"], refusal=data["refusal"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
