@@ -273,16 +273,38 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a draft may cost. ``price(k)`` is what the k-th extra row costs, in accepted tokens: add a node iff its
-    score exceeds it. 0 nodes ask for an empty draft."""
+    """What a draft may cost. ``price(k)`` is what the k-th extra row costs, in accepted tokens: nodes are added, the
+    best first, while their scores together gain over their prices. 0 nodes ask for an empty draft.
+
+    ``prices`` are those of rows 1, 2, ... from a cost curve (beyond them, and without them: ``min_score``).
+    ``level_price`` is what one more level of a tree costs: it must promise more, and it promises at most the scores of
+    its parents.
+    """
 
     max_nodes: int
     max_depth: int
     min_score: float = 0.0
+    prices: tuple[float, ...] = ()
+    level_price: float = 0.0
 
     def price(self, k: int) -> float:
-        """The least score that pays for the ``k``-th extra row (1-based); infinite past ``max_nodes``."""
-        return self.min_score if k <= self.max_nodes else math.inf
+        """What the ``k``-th extra row (1-based) costs; infinite past ``max_nodes``."""
+        if k > self.max_nodes:
+            return math.inf
+        return self.prices[k - 1] if k <= len(self.prices) else self.min_score
+
+    def worth(self, scores: Sequence[float]) -> int:
+        """How many of the nodes with these falling scores to keep: those that together gain most over their prices.
+
+        One that does not pay alone is kept where those after it pay for both, as at the start of a kernel's tile.
+        """
+        gain = best = 0.0
+        count = 0
+        for k, score in enumerate(scores[: self.max_nodes], 1):
+            gain += score - self.price(k)
+            if gain > best:
+                best, count = gain, k
+        return count
 
 
 @dataclass(frozen=True, slots=True)
