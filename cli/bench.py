@@ -14,11 +14,11 @@ from quantspec.benchmarks.config import BACKENDS as KERNEL_BACKENDS
 from quantspec.benchmarks.config import CUDA_BACKENDS, DecodeBench, DraftersBench, FuzzBench, KernelBench
 from quantspec.benchmarks.shapes import ModelShape, parse_shape
 from quantspec.cli.invocation import Invocation
-from quantspec.cli.machine import cpu_flags, processor
 from quantspec.cli.options import assemble, options_from
 from quantspec.cli.render import note, table
 from quantspec.cli.signals import Stop
 from quantspec.errors import Interrupted, ModelError, ResourceError, Unavailable, UsageError, VerificationError
+from quantspec.kernels.machine import cpu_flags, processor
 
 
 class Listed(click.ParamType[Any, Any]):

@@ -16,11 +16,11 @@ import click
 from quantspec import __version__
 from quantspec.calibrate.quantize.config import QuantizeConfig
 from quantspec.cli.invocation import Invocation
-from quantspec.cli.machine import processor
 from quantspec.cli.quantize import DENSE_DEFAULT, progress
 from quantspec.cli.render import megabytes, note, table
 from quantspec.cli.signals import resumable
 from quantspec.errors import VerificationError
+from quantspec.kernels.machine import processor
 from quantspec.types import SamplingParams
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import Any
 import click
 
 from quantspec import __version__
-from quantspec.cli.machine import cores, cpu_flags, processor
 from quantspec.cli.render import note, table
 from quantspec.errors import QuantSpecError
+from quantspec.kernels.machine import cores, cpu_flags, processor
 
 REQUIRED = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy")
 

@@ -1,4 +1,4 @@
-"""The processor that figures were measured on."""
+"""The processor that figures are measured on."""
 
 from __future__ import annotations
 
