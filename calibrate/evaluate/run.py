@@ -26,11 +26,11 @@ from quantspec.calibrate.evaluate.scoring import (
     scores_as_run,
     scores_streamed,
 )
-from quantspec.calibrate.memory import available_bytes
 from quantspec.calibrate.quantize.stream import StreamedModel
 from quantspec.engine.build import build
 from quantspec.engine.engine import Engine, is_out_of_memory
 from quantspec.errors import ModelError, UsageError
+from quantspec.kernels.memory import available_bytes
 from quantspec.models.atomic import verify_manifest
 from quantspec.models.load import load_model
 from quantspec.models.resolve import resolve

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantspec.calibrate.memory import peak_bytes
 from quantspec.calibrate.quantize import checkpoint, report
 from quantspec.calibrate.quantize.config import Event, LayerResult, QuantizeReport
 from quantspec.calibrate.quantize.head_config import HeadQuantizeConfig
@@ -30,6 +29,7 @@ from quantspec.calibrate.train.checkpoint import load_net
 from quantspec.calibrate.train.net import LlamaNet
 from quantspec.calibrate.train.vocabulary import membership, offsets
 from quantspec.errors import ModelError, UsageError
+from quantspec.kernels.memory import peak_bytes
 from quantspec.models import atomic
 from quantspec.models.config import read_config
 from quantspec.models.load import usable_device

@@ -21,7 +21,6 @@ from quantspec.calibrate.evaluate.scoring import (
     scores_as_run,
     scores_streamed,
 )
-from quantspec.calibrate.memory import available_bytes
 from quantspec.calibrate.quantize.config import (
     AcceptanceReport,
     KVCacheReport,
@@ -36,6 +35,7 @@ from quantspec.calibrate.quantize.config import (
 from quantspec.calibrate.quantize.stream import StreamedModel
 from quantspec.engine.engine import is_out_of_memory
 from quantspec.errors import QuantSpecError
+from quantspec.kernels.memory import available_bytes
 from quantspec.models.base import CausalModel
 from quantspec.models.cache import kv_format
 from quantspec.models.config import ModelConfig

@@ -27,9 +27,9 @@ PROGRAM = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from quantspec.calibrate.memory import _status
 from quantspec.calibrate.quantize.config import QuantizeConfig
 from quantspec.calibrate.quantize.run import run
+from quantspec.kernels.memory import status_bytes
 
 torch.set_num_threads(1)
 small, model, out = map(Path, sys.argv[1:4])
@@ -40,7 +40,7 @@ torch.linalg.cholesky_ex((square @ square).T, upper=True)
 del square
 run(QuantizeConfig(small, out.with_name("warm"), group_size=32, num_samples=4, seq_len=64, eval_samples=0))
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-before, cap = _status("VmRSS"), _status("VmData") + allowed
+before, cap = status_bytes("VmRSS"), status_bytes("VmData") + allowed
 if allowed:
     resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
 notes = []

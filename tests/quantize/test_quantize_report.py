@@ -169,7 +169,7 @@ def test_memory_that_ends_while_measuring(configure: Configure, monkeypatch: pyt
 def test_available_memory_heeds_the_limits_of_the_process() -> None:
     program = """
 import resource
-from quantspec.calibrate.memory import available_bytes
+from quantspec.kernels.memory import available_bytes
 free = available_bytes()
 resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
 capped = available_bytes()
