@@ -223,6 +223,8 @@ class Eagle3Config(DrafterConfig):
     """Decoder layers of the head; published ones have one."""
     draft_vocab_size: int = 0
     """Tokens that the head can draft: the commonest of the rollouts' answers; 0: all."""
+    keep_lm_head: bool = False
+    """The LM head stays the base's own rows, as an EAGLE-2 head's does: a small head learns more with them elsewhere."""
     layer_ids: tuple[int, ...] = ()
     """Layers after which the base is tapped, from 0; empty: 1, half, and three before the last."""
     fc_norm: bool = False

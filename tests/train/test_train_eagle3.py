@@ -189,6 +189,16 @@ def test_a_saved_head_says_what_it_was_trained_on(model: Path, texts: Rollouts, 
         assert tensors[name].equal(tensor.bfloat16())
 
 
+def test_a_kept_lm_head_stays_the_bases_while_all_else_learns(model: Path, texts: Rollouts) -> None:
+    base = load_net(model)
+    method = Eagle3Method(Eagle3Config(model, model, model, layer_ids=(0, 1), keep_lm_head=True), base, texts)
+    batch = OnlineFeatures(base, method.taps, own=False).fill(texts.batch([0, 1]))
+    loss, _ = method.loss(batch, 1.0, torch.Generator())
+    loss.backward()
+    assert torch.equal(method.net.lm_head.weight, base.head_weight[method.ids])
+    assert {name for name, p in method.net.named_parameters() if p.grad is None} == {"lm_head.weight"}
+
+
 def test_taps_are_checked_and_simulated_length_multiplies(model: Path, texts: Rollouts) -> None:
     assert default_taps(32) == (1, 15, 28)
     with pytest.raises(UsageError, match="no default taps"):

@@ -59,6 +59,7 @@ class Eagle3Method:
             self.net.lm_head.weight.copy_(base.head_weight[self.ids])
             self.net.norm.weight.copy_(base.model.norm.weight)
             self._level(texts)
+        self.net.lm_head.weight.requires_grad_(not config.keep_lm_head)
 
     def _new_net(self) -> Eagle3Net:
         return Eagle3Net(self.shape, self.base.shape.hidden, len(self.taps), len(self.ids), self.flags)
