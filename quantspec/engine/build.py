@@ -78,10 +78,20 @@ def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
         config = replace(config, method="medusa")
     if config.threads:
         torch.set_num_threads(config.threads)
-    model = _target(config, folder, notice)
-    tokenizer, draft = Tokenizer(folder), None
+    return equip(config, _target(config, folder, notice), Tokenizer(folder), notice)
+
+
+def equip(
+    config: EngineConfig,
+    model: CausalModel,
+    tokenizer: Tokenizer,
+    notice: Callable[[str], None],
+    draft: CausalModel | None = None,
+) -> Engine:
+    """An engine around a target that is loaded. ``config`` has its method resolved and its parts named; ``draft`` is
+    its draft model, where that is loaded too. Raises as ``build`` for the parts."""
     try:
-        draft = _draft_model(config, notice) if config.draft_model else None
+        draft = draft or (load_draft_model(config, notice) if config.draft_model else None)
         drafter, head_bytes = _drafter(config, model, draft, notice)
         drafter.prepare(TargetParts(model, tokenizer))
     except (MemoryError, RuntimeError) as error:
@@ -148,7 +158,7 @@ def _prove_draws(verifier: Verifier, notice: Callable[[str], None]) -> None:
         notice(f"the CPU draws the tokens of {verifier.model.backend}: {wrong}")
 
 
-def _draft_model(config: EngineConfig, notice: Callable[[str], None]) -> CausalModel:
+def load_draft_model(config: EngineConfig, notice: Callable[[str], None]) -> CausalModel:
     """The draft model or intermediate, on the target's kernels where it can."""
     assert config.draft_model is not None, "named by with_parts"
     folder = resolve(config.draft_model)
