@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import quantspec
-from quantspec.benchmarks.stats import distinct_ngrams, quotient, ratio
+from quantspec.calibrate.stats import distinct_ngrams, quotient, ratio
 from quantspec.core.noise import Stream
 from quantspec.core.sampling import WarpChain
 from quantspec.engine.llm import LLM

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantspec.benchmarks.stats import ratio
 from quantspec.calibrate import data
+from quantspec.calibrate.stats import ratio
 from quantspec.kernels.cpu.packed import Arena, pack
 from quantspec.models.base import CausalModel
 from quantspec.models.config import ModelConfig

@@ -24,7 +24,7 @@ from quantspec.benchmarks.cuda_kernels import Accelerator, look_at_device
 from quantspec.benchmarks.cuda_model import BITS, HEAD_BITS, matrices, part_bytes, random_cuda_decoder, rows_like
 from quantspec.benchmarks.kernels import Measured, Notice
 from quantspec.benchmarks.shapes import SHAPES
-from quantspec.benchmarks.timing import alternate
+from quantspec.calibrate.cost.timing import alternate
 from quantspec.engine.build import DEFAULT_TARGET
 from quantspec.errors import Unavailable, UsageError
 from quantspec.kernels.draws import Drawn, Layout

@@ -20,7 +20,7 @@ from quantspec.benchmarks.config import DecodeBench
 from quantspec.benchmarks.kernels import Machine, Measured, Notice, best, check_device, look_at_machine, set_threads
 from quantspec.benchmarks.random_model import random_decoder
 from quantspec.benchmarks.shapes import SHAPES
-from quantspec.benchmarks.timing import alternate
+from quantspec.calibrate.cost.timing import alternate
 from quantspec.engine.build import DEFAULT_TARGET
 from quantspec.errors import UsageError
 from quantspec.kernels.cpu import probes

@@ -21,9 +21,10 @@ from typing import Any
 import quantspec
 from quantspec.benchmarks.acceptance import DISTINCT, SETTINGS
 from quantspec.benchmarks.config import DraftersBench
-from quantspec.benchmarks.drafters_found import PLAIN, Found, find
+from quantspec.benchmarks.drafters_found import find
 from quantspec.benchmarks.equality import read_log
-from quantspec.benchmarks.stats import Ratio, distinct_ngrams, quotient, ratio
+from quantspec.calibrate.cost.found import PLAIN, Found
+from quantspec.calibrate.stats import Ratio, distinct_ngrams, quotient, ratio
 from quantspec.engine.llm import LLM
 from quantspec.engine.request import Completion
 from quantspec.errors import ModelError, QuantSpecError, UsageError

@@ -1,112 +1,20 @@
-"""Which drafters there are for a target: those of the default family, and heads that are named."""
+"""Which of the drafters that there are for a target a benchmark measures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 from quantspec.benchmarks.config import DraftersBench
-from quantspec.drafters.eagle3_files import is_eagle3
-from quantspec.drafters.medusa_files import is_medusa, read_medusa_config
-from quantspec.drafters.peagle_files import is_peagle
-from quantspec.engine.build import DEFAULT_TARGET, FAMILY, NEEDED
-from quantspec.errors import ModelError, QuantSpecError, UsageError
-from quantspec.models import resolve
-from quantspec.models.config import read_config
-
-PLAIN = "none"
-"""What all others are held against."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A drafter by the name it has in the table: the method and parts that make it, or why it cannot be had."""
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    error: str = ""
+from quantspec.calibrate.cost import found
+from quantspec.calibrate.cost.found import PLAIN, Found
+from quantspec.errors import UsageError
 
 
 def find(config: DraftersBench, note: Callable[[str], None]) -> list[Found]:
-    """Plain decoding first, then every drafter in the order of the engine's methods, then heads by name.
-
-    Raises ``UsageError`` for a name in ``config.drafters`` that is not among them.
-    """
-    found = list(_found(config, note))
-    twice = [one.name for i, one in enumerate(found) if one.name in {each.name for each in found[:i]}]
-    if twice:
-        raise UsageError(f"two heads are named {twice[0]}", hint="rename a folder: rows of the table go by their names")
-    known = [one.name for one in found]
+    """Those that are asked for, plain decoding first. Raises ``UsageError`` for a name that is not among them."""
+    drafters = found.find(config.model, config.draft_model, config.head, note)
+    known = [one.name for one in drafters]
     unknown = [name for name in config.drafters if name not in known]
     if unknown:
         raise UsageError(f"there is no drafter {unknown[0]!r} here", hint=f"one of {', '.join(known)}")
-    return [one for one in found if one.name == PLAIN or not config.drafters or one.name in config.drafters]
-
-
-def _found(config: DraftersBench, note: Callable[[str], None]) -> Iterator[Found]:
-    family: Mapping[str, Mapping[str, str]] = FAMILY if config.model == "default" else {}
-    given = {} if config.draft_model is None else {"draft_model": config.draft_model}
-    taken = set()
-    for method, needed in NEEDED.items():
-        parts = {**family.get(method, {}), **(given if "draft_model" in needed else {})}
-        if parts.keys() != set(needed):
-            continue
-        try:
-            taken |= {resolve.resolve(name) for name in parts.values()}
-        except ModelError as error:
-            note(f"left out {method}: {error}")
-            continue
-        yield Found(method, {"method": method, **parts})
-    if family:
-        yield from (_head(config, name) for name in _more_heads(taken))
-    yield from (_head(config, head) for head in config.head)
-
-
-def _more_heads(taken: set[Path]) -> list[str]:
-    """Heads of the family that no method names, such as quantized ones."""
-    folders = sorted(path.parent for path in resolve.FAMILY.glob("*/config.json"))
-    return [
-        f"{resolve.DEFAULT}/{folder.name}"
-        for folder in folders
-        if folder not in taken and not (folder / "tokenizer.json").is_file()
-    ]
-
-
-def _head(config: DraftersBench, head: str) -> Found:
-    name = head if head.startswith(f"{resolve.DEFAULT}/") else Path(head).name
-    name = name.removeprefix(f"{resolve.DEFAULT}/")
-    try:
-        return Found(name, _options(config, head))
-    except QuantSpecError as error:
-        return Found(name, error=str(error))
-
-
-def _options(config: DraftersBench, head: str) -> dict[str, Any]:
-    """Method and parts of a head: the target's own if it has the target's width, else the inner one of a cascade."""
-    folder = resolve.resolve(head)
-    raw, width = read_config(folder), _width(folder)
-    models = {"": DEFAULT_TARGET if config.model == "default" else config.model}
-    draft_model = config.draft_model or (FAMILY["draft"]["draft_model"] if config.model == "default" else None)
-    if draft_model is not None:
-        models[draft_model] = draft_model
-    widths = {name: read_config(resolve.resolve(model)).get("hidden_size") for name, model in models.items()}
-    fitting = next((name for name, each in widths.items() if each == width), None)
-    if fitting is None:
-        sizes = " or ".join(str(each) for each in widths.values())
-        raise ModelError(f"{head} is for a model of width {width}, and there is one of {sizes}")
-    if fitting:
-        return {"method": "cascade", "draft_model": fitting, "head": head}
-    kinds = (("medusa", is_medusa), ("peagle", is_peagle), ("eagle3", is_eagle3))
-    return {"method": next((kind for kind, holds in kinds if holds(raw)), "eagle"), "head": head}
-
-
-def _width(folder: Path) -> Any:
-    """Of the model that a head is for."""
-    raw = read_config(folder)
-    if is_medusa(raw):
-        return read_medusa_config(folder).hidden_size
-    nested = raw.get("transformer_layer_config")
-    layer = nested if isinstance(nested, dict) else raw
-    return raw.get("target_hidden_size") or layer.get("hidden_size")
+    return [one for one in drafters if one.name == PLAIN or not config.drafters or one.name in config.drafters]

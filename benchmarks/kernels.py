@@ -17,7 +17,7 @@ import torch
 
 from quantspec.benchmarks.config import BACKENDS, KernelBench
 from quantspec.benchmarks.contenders import Contender, Field
-from quantspec.benchmarks.timing import alternate
+from quantspec.calibrate.cost.timing import alternate
 from quantspec.errors import Unavailable, UsageError
 from quantspec.kernels.cpu import library, probes
 

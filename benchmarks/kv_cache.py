@@ -24,8 +24,8 @@ import torch
 from quantspec.benchmarks.activations import report, score
 from quantspec.benchmarks.random_model import random_decoder
 from quantspec.benchmarks.shapes import SHAPES
-from quantspec.benchmarks.timing import alternate
 from quantspec.calibrate import data
+from quantspec.calibrate.cost.timing import alternate
 from quantspec.kernels.cpu import library
 from quantspec.kernels.cpu.forward import PARTS
 from quantspec.models.base import CausalModel

@@ -24,7 +24,7 @@ import torch
 
 import quantspec
 from quantspec.benchmarks.acceptance import DISTINCT, SETTINGS, questions
-from quantspec.benchmarks.stats import distinct_ngrams, quotient, ratio
+from quantspec.calibrate.stats import distinct_ngrams, quotient, ratio
 from quantspec.engine.llm import LLM
 from quantspec.models.resolve import resolve
 from quantspec.models.tensors import TensorStore

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantspec import kernels
+import quantspec.kernels as kernels
 from quantspec.kernels.machine import cores, processor
 
 if TYPE_CHECKING:

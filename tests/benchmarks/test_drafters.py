@@ -14,7 +14,8 @@ import pytest
 
 from quantspec.benchmarks import drafters, drafters_page
 from quantspec.benchmarks.config import DraftersBench
-from quantspec.benchmarks.drafters_found import _more_heads, find
+from quantspec.benchmarks.drafters_found import find
+from quantspec.calibrate.cost.found import _more_heads
 from quantspec.cli.main import run as cli
 from quantspec.engine.llm import LLM
 from quantspec.errors import ModelError, UsageError

@@ -7,7 +7,7 @@ import pytest
 
 from quantspec.benchmarks.acceptance import questions
 from quantspec.benchmarks.equality import first_turns, read_log, summary
-from quantspec.benchmarks.stats import distinct_ngrams, ratio
+from quantspec.calibrate.stats import distinct_ngrams, ratio
 from quantspec.errors import ModelError, UsageError
 
 
