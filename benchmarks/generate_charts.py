@@ -1,0 +1,138 @@
+"""What there is to draw in a report of ``bench generate``: bars, stacks and lines, for the page and the PNG alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quantspec.benchmarks.generate_rows import ALL, PARTS, PLAIN, Report, Row
+
+PLAIN_COLOR, OURS_COLOR, PEER_COLOR = "#8a949e", "#2f6fb0", "#d98a2b"
+PART_COLORS = {"draft": "#d98a2b", "verify": "#2f6fb0", "overhead": "#b4bdc7"}
+LINE_COLORS = ("#2f6fb0", "#d9632b", "#1b9e77", "#8a5cd0", "#b98900", "#c2397f", "#4d4d4d", "#66a61e")
+"""Apart for colour-blind readers, neighbours above all."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value with its interval; a ``value`` of None is a method without figures here."""
+
+    label: str
+    value: float | None
+    low: float
+    high: float
+    color: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars of one panel."""
+
+    title: str
+    bars: tuple[Bar, ...]
+
+    @property
+    def end(self) -> float:
+        """Where the longest one ends, its interval counted."""
+        return max((bar.high for bar in self.bars if bar.value is not None), default=0.0)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Parts of a whole, in the order of ``PARTS``."""
+
+    label: str
+    parts: tuple[tuple[str, float], ...]
+
+    @property
+    def total(self) -> float:
+        return sum(value for _, value in self.parts)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points by rising x."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    color: str
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines over common axes. ``log``: both are logarithmic; else y goes from 0 to 1. ``guide``: a line y = x."""
+
+    title: str
+    x_label: str
+    lines: tuple[Line, ...]
+    log: bool = False
+    guide: bool = False
+
+
+def label(method: str) -> str:
+    """What people read for a method."""
+    return "plain" if method == PLAIN else method
+
+
+def task_label(task: str) -> str:
+    return "all tasks" if task == ALL else task.replace("_", " ")
+
+
+def speeds(report: Report) -> list[Bars]:
+    """Tokens/s by method: all tasks together first, then each, unless there is only one."""
+    tasks = [task for task in report.tasks if task != ALL]
+    shown = [ALL, *tasks] if len(tasks) > 1 else [ALL]
+    panels = [Bars(task_label(task), _bars(report, task)) for task in shown]
+    return [panel for panel in panels if any(bar.value is not None for bar in panel.bars)]
+
+
+def _bars(report: Report, task: str) -> tuple[Bar, ...]:
+    rows = [row for row in (report.row(method, task) for method in report.methods) if row is not None]
+    return tuple(_bar(row) for row in rows)
+
+
+def _bar(row: Row) -> Bar:
+    value = row.tokens_per_second
+    low, high = row.intervals.get("tokens_per_second", (value or 0.0, value or 0.0))
+    color = PLAIN_COLOR if row.method == PLAIN else PEER_COLOR if row.kind == "peer" else OURS_COLOR
+    return Bar(label(row.method), value, low, high, color)
+
+
+def steps(report: Report) -> tuple[Stack, ...]:
+    """Milliseconds of a step by part, of every method that knows its own."""
+    rows = [(method, report.row(method)) for method in report.methods]
+    return tuple(
+        Stack(label(method), tuple((part, row.step_ms.get(part, 0.0)) for part in PARTS))
+        for method, row in rows
+        if row is not None and row.step_ms
+    )
+
+
+def acceptance(report: Report) -> Lines | None:
+    """Share of target forwards that accepted a drafted token at a position, by method."""
+    rows = [row for row in (report.row(method) for method in report.methods) if row is not None]
+    drawn = [row for row in rows if row.acceptance_by_position]
+    lines = [
+        Line(label(row.method), tuple((k + 1.0, share) for k, share in enumerate(row.acceptance_by_position)), color)
+        for row, color in zip(drawn, _colors(len(drawn)), strict=True)
+    ]
+    title = "Target forwards that accept the draft up to a position, share"
+    return Lines(title, "position in the draft", tuple(lines)) if lines else None
+
+
+def curve(report: Report) -> Lines | None:
+    """v(n): what a forward of n rows costs, over one of one row."""
+    return None if not report.curve else curves({"target": report.curve})
+
+
+def curves(seconds: Mapping[str, Mapping[int, float]]) -> Lines:
+    """v(n) of several models, each from seconds by rows."""
+    lines = tuple(
+        Line(name, tuple((float(n), by_rows[n] / by_rows[1]) for n in sorted(by_rows)), color)
+        for (name, by_rows), color in zip(seconds.items(), _colors(len(seconds)), strict=True)
+    )
+    return Lines("v(n) = t(n) / t(1), forwards of n rows", "rows n", lines, log=True, guide=True)
+
+
+def _colors(count: int) -> Sequence[str]:
+    return [LINE_COLORS[i % len(LINE_COLORS)] for i in range(count)]
