@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quantspec.cli.memory import show_memory
 from quantspec.cli.options import Flag, KeyValue, assemble, options_from
 from quantspec.cli.render import note, stage_colors, stats_line, use_color
 from quantspec.cli.signals import Stop
@@ -73,6 +74,7 @@ INTERNAL = ("max_batch", "prefill_chunk")
 @options_from(SamplingParams, SAMPLING, skip=NOT_OPTIONS)
 @options_from(EngineConfig, ENGINE, skip=INTERNAL)
 @click.option("--speculative-config", metavar="JSON", help="vLLM's speculative_config: a JSON object, or @FILE.")
+@click.option("--dry-run", is_flag=True, help="Load nothing: tell what memory it would take, and whether it fits.")
 @click.option("--show-stages", is_flag=True, help="Colour each token by the level that proposed it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (with --num-samples a list).")
 @click.pass_context
@@ -82,6 +84,7 @@ def generate(
     prompt_file: Path | None,
     num_samples: int,
     speculative_config: str | None,
+    dry_run: bool,
     show_stages: bool,
     as_json: bool,
     **options: Any,
@@ -93,6 +96,9 @@ def generate(
     """
     params = assemble(SamplingParams, options, n=num_samples)
     config = _engine_config(ctx, options, speculative_config)
+    if dry_run:
+        asked = None if prompt is None and prompt_file is None else _read_prompt(prompt, prompt_file)
+        return show_memory(config, params, asked, as_json=as_json)
     text = _read_prompt(prompt, prompt_file)
     if params.logprobs is not None and not as_json:
         raise UsageError("log-probabilities are only reported as JSON", hint="add --json")

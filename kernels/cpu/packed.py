@@ -70,6 +70,27 @@ def refusal(scheme: Scheme) -> str | None:
     return None
 
 
+def quantized_bytes(n: int, k: int, scheme: Scheme, scale_bytes: int, *, zeros: bool) -> int:
+    """What ``pack`` makes of a quantized weight ``[n, k]``; ``zeros``: that has zero points."""
+    group = _kernel_group(_source_group(scheme, k))
+    per_group = PANEL * (scale_bytes + (group // 2 if scheme.bits <= 4 else group)) + (64 if zeros else 0)
+    return math.ceil(n / PANEL) * math.ceil(k / group) * per_group
+
+
+def dense_bytes(n: int, k: int, itemsize: int) -> int:
+    """What ``pack`` makes of a dense weight ``[n, k]``."""
+    return math.ceil(n / PANEL) * PANEL * k * itemsize
+
+
+def _source_group(scheme: Scheme, k: int) -> int:
+    """Width of the weight's own groups; one that spans a row ends with a panel."""
+    return scheme.group(k) if scheme.group(k) < k else math.ceil(k / PANEL) * PANEL
+
+
+def _kernel_group(source_group: int) -> int:
+    return next(size for size in GROUPS if source_group % size == 0)
+
+
 class PackedLinear:
     """``x [n, K] @ weight [N, K].T + bias [N]`` with the weight in panels.
 
@@ -145,7 +166,7 @@ def _pack_dense(weight: Tensor, bias: Tensor | None, arena: Arena) -> PackedLine
     n, k = weight.shape
     dense = weight.contiguous()
     struct = LinearStruct(rows=n, cols=k, format=_DTYPES[weight.dtype])
-    memory = _allocate(struct, bias, arena, math.ceil(n / PANEL) * PANEL * k * weight.element_size())
+    memory = _allocate(struct, bias, arena, dense_bytes(n, k, weight.element_size()))
     bind("qs_pack_dense", None, [c_void_p, c_void_p])(ctypes.byref(struct), dense.data_ptr())
     return PackedLinear(struct, memory, bias, integer=False)
 
@@ -166,17 +187,16 @@ def _pack_quantized(weight: QuantizedWeight, bias: Tensor | None, arena: Arena, 
     order = _checked_order(weight)
     if not torch.isfinite(weight.scale).all():
         raise ModelError(f"a weight [{n}, {k}] has scales that are not finite", hint="quantize the model again")
-    source_group = scheme.group(k) if scheme.group(k) < k else math.ceil(k / PANEL) * PANEL
-    group = next(size for size in GROUPS if source_group % size == 0)
+    source_group = _source_group(scheme, k)
+    group = _kernel_group(source_group)
     codes, scale = weight.codes.contiguous(), weight.scale.contiguous()
     zeros = None if zero_points is None else zero_points.to(torch.int8).contiguous()
     struct = LinearStruct(
         rows=n, cols=k, format=_Q4 if scheme.bits <= 4 else _Q8, group=group, scale_type=_DTYPES[scale.dtype],
         asymmetric=int(zeros is not None), order=None if order is None else order.data_ptr(),
     )  # fmt: skip
-    row_codes = group // 2 if struct.format == _Q4 else group
-    per_group = PANEL * (scale.element_size() + row_codes) + (64 if zeros is not None else 0)
-    memory = _allocate(struct, bias, arena, math.ceil(n / PANEL) * math.ceil(k / group) * per_group)
+    count = quantized_bytes(n, k, scheme, scale.element_size(), zeros=zeros is not None)
+    memory = _allocate(struct, bias, arena, count)
     bind("qs_pack_quantized", None, [c_void_p] * 4 + [c_int])(
         ctypes.byref(struct),
         codes.data_ptr(),

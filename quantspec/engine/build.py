@@ -23,6 +23,7 @@ from quantspec.drafters.medusa import Medusa
 from quantspec.drafters.medusa_files import is_medusa
 from quantspec.drafters.peagle import PEagle
 from quantspec.drafters.peagle_files import is_peagle
+from quantspec.engine import memory
 from quantspec.engine.config import HEAD_METHODS, EngineConfig
 from quantspec.engine.engine import Engine, is_out_of_memory
 from quantspec.engine.stats import TimedVerifier
@@ -72,13 +73,26 @@ def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
     library.announce(notice)
     if config.device != "cpu":
         cuda_library.announce(notice)
+    config, folder = _resolved(config, notice)
+    config = memory.fit(config, folder, notice)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return equip(config, _target(config, folder, notice), Tokenizer(folder), notice)
+
+
+def price(config: EngineConfig, notice: Callable[[str], None]) -> memory.Load:
+    """What ``build`` would load, priced; nothing is loaded. Raises as ``build`` does for what headers and configs
+    tell."""
+    return memory.price(*_resolved(config, notice))
+
+
+def _resolved(config: EngineConfig, notice: Callable[[str], None]) -> tuple[EngineConfig, Path]:
+    """The configuration with its method and parts named, and the target's folder."""
     folder = resolve(DEFAULT_TARGET if config.model == "default" else config.model)
     asked, config = config.method, with_parts(config, notice)
     if asked is None and config.method == "eagle" and config.head and is_medusa(read_config(resolve(config.head))):
         config = replace(config, method="medusa")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    return equip(config, _target(config, folder, notice), Tokenizer(folder), notice)
+    return config, folder
 
 
 def equip(

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from quantspec.errors import ResourceError, UsageError
+from quantspec.kernels.memory import available_bytes
 from quantspec.kernels.spans import LANES, round_up
 from quantspec.models.config import ModelConfig
 from quantspec.numerics.kv import KVFormat
 from quantspec.numerics.scheme import KVCacheDtype
 
+_LARGE = 2**24  # bytes; of less it is not worth asking whether they are there
 KV_HINT = "leave out --kv-cache-dtype (kv_cache_dtype= in Python)"
 
 
@@ -52,13 +54,17 @@ class KVCache:
         width, stored = (head_dim, dtype) if format is None else (format.row_bytes, torch.uint8)
         # Attention reads whole groups of LANES slots.
         shape = (layers, 2 * kv_heads, round_up(self.capacity, LANES), width)
+        size = math.prod(shape) * stored.itemsize
         try:
+            if device.type == "cpu" and size > _LARGE:
+                free = available_bytes()
+                if free is not None and size > free:
+                    raise MemoryError("Linux would give it, and end the process that uses it")
             # Zeros, not garbage: slots that a row does not attend are multiplied by zero, and a NaN would survive that.
             self.kv = torch.zeros(shape, device=device, dtype=stored)
-        except RuntimeError as error:  # torch's out-of-memory errors, on CPU and GPU alike
-            size = math.prod(shape) * stored.itemsize / 2**30
-            message = f"no memory for a cache of {max_length} tokens ({size:.1f} GiB)"
-            raise ResourceError(message, hint="shorten the context") from error
+        except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors, on CPU and GPU alike
+            message = f"no memory for a cache of {max_length} tokens ({size / 2**30:.1f} GiB)"
+            raise ResourceError(message, hint="shorten the context, or keep it in int8 (kv_cache_dtype)") from error
 
     @property
     def nbytes(self) -> int:

@@ -84,7 +84,7 @@ def load_model(
     asked = dispatch.Request(
         kind, dtype, row_invariant=exact, activations=activations, head_bits=head_bits, kv_cache_dtype=kv_cache_dtype
     )
-    request, notes = _as_stored(asked, config, folder, named=backend is not None)
+    request, notes = as_stored(asked, config, folder, named=backend is not None)
     lowered += notes
     if is_gguf(folder):
         lowered += gguf_notes(folder)
@@ -96,7 +96,7 @@ def load_model(
     return model
 
 
-def _as_stored(
+def as_stored(
     request: dispatch.Request, config: ModelConfig, folder: Path, *, named: bool
 ) -> tuple[dispatch.Request, tuple[str, ...]]:
     """The request with what the checkpoint's weights are stored in, and lines about that; the backend may be named."""
