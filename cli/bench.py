@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,13 @@ import click
 from quantspec.benchmarks.config import BACKENDS as KERNEL_BACKENDS
 from quantspec.benchmarks.config import CUDA_BACKENDS, DecodeBench, DraftersBench, FuzzBench, KernelBench
 from quantspec.benchmarks.shapes import ModelShape, parse_shape
+from quantspec.cli.bench_generate import generate
+from quantspec.cli.bench_parts import NAMES, Listed, circumstances, json_option, try_folder
 from quantspec.cli.invocation import Invocation
 from quantspec.cli.options import assemble, options_from
 from quantspec.cli.render import note, table
 from quantspec.cli.signals import Stop
-from quantspec.errors import Interrupted, ModelError, ResourceError, Unavailable, UsageError, VerificationError
-from quantspec.kernels.machine import cpu_flags, processor
-
-
-class Listed(click.ParamType[Any, Any]):
-    """Values with commas between them, as a tuple."""
-
-    def __init__(self, name: str, item: Callable[[str], Any]) -> None:
-        self.name, self._item = name, item
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(self._item(part.strip()) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not {self.name}", param, ctx)
+from quantspec.errors import Interrupted, ModelError, Unavailable, UsageError, VerificationError
 
 
 class Shape(click.ParamType[Any, Any]):
@@ -52,7 +37,6 @@ def _kxn(text: str) -> tuple[int, int]:
 
 SHAPES = Listed("KxN[,KxN]", _kxn)
 WIDTHS = Listed("n[,n]", int)
-BACKENDS = Listed("name[,name]", str)
 _DEFAULT_SHAPES = ",".join(f"{k}x{n}" for k, n in KernelBench.shapes)
 _DEFAULT_WIDTHS = ",".join(map(str, KernelBench.widths))
 
@@ -64,12 +48,14 @@ widths_option = click.option(
     show_default=True,
     help="Rows of one call; 1 is always added.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 @click.group
 def bench() -> None:
     """Measure the kernels, or a whole model, on this machine."""
+
+
+bench.add_command(generate)
 
 
 @bench.command(short_help="The cost curve v(n) of one matrix product.")
@@ -84,7 +70,7 @@ def bench() -> None:
 @widths_option
 @click.option(
     "--backends",
-    type=BACKENDS,
+    type=NAMES,
     metavar="NAME,...",
     default=(),
     help=f"Of {', '.join(KERNEL_BACKENDS)}, on CUDA of {', '.join(CUDA_BACKENDS)}. Default: all that run here.",
@@ -101,7 +87,7 @@ def kernels(invocation: Invocation, as_json: bool, plot: Path | None, html: Path
     _check_places(plot, html)
     from quantspec.benchmarks.kernels import run
 
-    report = {**run(config, note), **_circumstances(invocation)}
+    report = {**run(config, note), **circumstances(invocation)}
     _write_pictures(report, plot, html)
     if as_json:
         click.echo(json.dumps(report))
@@ -128,7 +114,7 @@ def decode(invocation: Invocation, as_json: bool, **options: Any) -> None:
     config = assemble(DecodeBench, options)
     from quantspec.benchmarks.decode import run
 
-    report = {**run(config, note), **_circumstances(invocation)}
+    report = {**run(config, note), **circumstances(invocation)}
     if as_json:
         click.echo(json.dumps(report))
     else:
@@ -160,7 +146,7 @@ def fuzz(as_json: bool, **options: Any) -> None:
 
 @bench.command(short_help="Every drafter: acceptance length, time, tokens/s, equality.")
 @click.option(
-    "--drafters", type=BACKENDS, metavar="NAME,...", default=(), help="Which to measure. Default: all that are found."
+    "--drafters", type=NAMES, metavar="NAME,...", default=(), help="Which to measure. Default: all that are found."
 )
 @options_from(DraftersBench, skip=("drafters",))
 @json_option
@@ -173,12 +159,12 @@ def drafters(invocation: Invocation, as_json: bool, **options: Any) -> None:
         from quantspec.models.atomic import make_folder
 
         make_folder(config.out)
-        _try_folder(config.out)
+        try_folder(config.out)
     from quantspec.benchmarks.drafters import run
     from quantspec.benchmarks.drafters_page import COLUMNS, caption, cells
 
     with Stop("stopping after this text") as stop:
-        report = {**run(config, note, stop), **_circumstances(invocation)}
+        report = {**run(config, note, stop), **circumstances(invocation)}
     if config.out is not None:
         _write_drafters(report, config.out)
     if as_json:
@@ -219,22 +205,13 @@ def _check_places(plot: Path | None, html: Path | None) -> None:
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise UsageError(f"cannot write {path}", hint="name a file in a folder that exists")
         if path is not None:
-            _try_folder(path.parent)
+            try_folder(path.parent)
     if plot is not None:
         from quantspec.benchmarks.plot import why_not
 
         reason = why_not()
         if reason is not None:
             raise Unavailable(reason, hint="pip install 'quantspec[plots]', or use --html, which needs nothing")
-
-
-def _try_folder(folder: Path) -> None:
-    from tempfile import TemporaryFile
-
-    try:
-        TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ResourceError(f"cannot write into {folder}: {error.strerror}", hint="choose another folder") from error
 
 
 def _write_pictures(report: Mapping[str, Any], plot: Path | None, html: Path | None) -> None:
@@ -246,15 +223,6 @@ def _write_pictures(report: Mapping[str, Any], plot: Path | None, html: Path | N
         write_bytes(plot, png(report))
     if html is not None:
         write_bytes(html, page.html(report).encode())
-
-
-def _circumstances(invocation: Invocation) -> dict[str, Any]:
-    return {
-        "processor": processor(),
-        "cpu_flags": cpu_flags(),
-        "command": invocation.command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 _OURS = ("cpu-int8", "cuda")

@@ -1,0 +1,54 @@
+"""What the commands of ``quantspec bench`` have in common: lists as options, where figures were measured, output
+folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantspec.cli.invocation import Invocation
+from quantspec.errors import ResourceError
+from quantspec.kernels.machine import cpu_flags, processor
+
+
+class Listed(click.ParamType[Any, Any]):
+    """Values with commas between them, as a tuple."""
+
+    def __init__(self, name: str, item: Callable[[str], Any]) -> None:
+        self.name, self._item = name, item
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self._item(part.strip()) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not {self.name}", param, ctx)
+
+
+NAMES = Listed("name[,name]", str)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def circumstances(invocation: Invocation) -> dict[str, Any]:
+    """The machine, the command and the time of a measurement."""
+    return {
+        "processor": processor(),
+        "cpu_flags": cpu_flags(),
+        "command": invocation.command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def try_folder(folder: Path) -> None:
+    """Say now, not after minutes of measuring, that a folder cannot be written into. Raises ``ResourceError``."""
+    from tempfile import TemporaryFile
+
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ResourceError(f"cannot write into {folder}: {error.strerror}", hint="choose another folder") from error
