@@ -1,0 +1,41 @@
+"""A target that is loaded once, and the drafters that are set beside it in turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from quantspec.engine.build import equip, load_draft_model
+from quantspec.engine.config import EngineConfig
+from quantspec.engine.costs import Setting
+from quantspec.engine.engine import Engine
+from quantspec.models.base import CausalModel
+
+
+class Workbench:
+    """``plain`` decodes without a drafter. ``notices`` are what the newest engine had to say."""
+
+    def __init__(self, plain: Engine) -> None:
+        self.plain, self.notices = plain, list[str]()
+        self._draft_models: dict[str, CausalModel] = {}
+
+    def engine(self, setting: Setting) -> Engine:
+        """An engine that decodes as the setting says. Raises as ``build`` does for the parts."""
+        self.notices.clear()
+        config, tokenizer = self._config(setting), self.plain.tokenizer
+        assert tokenizer is not None, "build loads one"
+        draft = None if config.draft_model is None else self._draft_model(config.draft_model, config)
+        return equip(config, self.plain.model, tokenizer, self.notices.append, draft)
+
+    def failure(self, engine: Engine, setting: Setting) -> str | None:
+        """Why the engine does without the setting's drafter, or its drafter's first complaint."""
+        lost = engine.config.method != setting.method or (engine.drafter.name == "none") != (setting.method == "none")
+        failed = (line for line in self.notices if line.startswith("drafter ") and " failed" in line)
+        return next(failed, self.notices[-1] if lost else None)
+
+    def _config(self, setting: Setting) -> EngineConfig:
+        return replace(self.plain.config, method=setting.method, **setting.parts, **setting.options)  # type: ignore[arg-type]
+
+    def _draft_model(self, name: str, config: EngineConfig) -> CausalModel:
+        if name not in self._draft_models:
+            self._draft_models[name] = load_draft_model(config, self.notices.append)
+        return self._draft_models[name]
