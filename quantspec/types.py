@@ -299,12 +299,19 @@ class Budget:
         One that does not pay alone is kept where those after it pay for both, as at the start of a kernel's tile.
         """
         gain = best = 0.0
-        count = 0
-        for k, score in enumerate(scores[: self.max_nodes], 1):
-            gain += score - self.price(k)
+        count, own = 0, len(self.prices)
+        for k, score in enumerate(scores[: self.max_nodes]):
+            gain += score - (self.prices[k] if k < own else self.min_score)
             if gain > best:
-                best, count = gain, k
+                best, count = gain, k + 1
         return count
+
+    def floors(self) -> list[float]:
+        """For each row the least price from it on: a node that does not exceed it is not worth keeping, whatever else
+        is grown."""
+        least = math.inf
+        floors = [least := min(least, self.price(k)) for k in range(self.max_nodes, 0, -1)]
+        return floors[::-1]
 
 
 @dataclass(frozen=True, slots=True)

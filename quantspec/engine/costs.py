@@ -10,6 +10,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,10 +53,12 @@ class CostCurve(Record):
     def at(self, rows: int, context: int) -> float:
         """Seconds of a forward of that many rows, at least 1."""
         assert rows >= 1, "a forward has rows"
-        if self.tiles:
-            last = self.tiles[-1]
-            rows = self.tiles[bisect_left(self.tiles, rows)] if rows <= last else -(-rows // last) * last
-        return _between(self.widths, self._row(context), rows)
+        return _between(self.widths, self._row(context), self._tiled(rows))
+
+    def table(self, count: int, context: int, batch: int = 1) -> list[float]:
+        """Seconds of forwards with 1 to ``count`` rows of each of ``batch`` sequences."""
+        row = self._row(context)
+        return [_between(self.widths, row, self._tiled(batch * rows)) for rows in range(1, count + 1)]
 
     def relative(self, rows: int, context: int) -> float:
         """v(n): over the seconds of one row."""
@@ -71,6 +74,13 @@ class CostCurve(Record):
                 edges.append(rows)
                 base = after
         return (*edges, self.widths[-1])
+
+    def _tiled(self, rows: int) -> int:
+        """The rows whose time so many take."""
+        if not self.tiles:
+            return rows
+        last = self.tiles[-1]
+        return self.tiles[bisect_left(self.tiles, rows)] if rows <= last else -(-rows // last) * last
 
     def _row(self, context: int) -> list[float]:
         """Seconds by width at one context, non-decreasing."""
@@ -106,8 +116,8 @@ class DraftCost(Record):
             raise ValueError("a draft cannot cost less than nothing")
 
     def at(self, levels: int, nodes: int) -> float:
-        """Seconds of one draft; none is free."""
-        return self.fixed + levels * self.per_level + nodes * self.per_node if nodes else 0.0
+        """Seconds of one draft, what was grown and not kept included; none is free."""
+        return self.fixed + levels * self.per_level + nodes * self.per_node if levels or nodes else 0.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ class Step(Record):
         if not all(-1 <= parent < i for i, parent in enumerate(self.parents)):
             raise ValueError("a parent must stand before its child")
 
-    @property
+    @cached_property
     def depths(self) -> tuple[int, ...]:
         """Depth of each node, from 1."""
         depths: list[int] = []
@@ -136,11 +146,14 @@ class Step(Record):
             depths.append(depths[parent] + 1 if parent >= 0 else 1)
         return tuple(depths)
 
+    @cached_property
+    def _best_first(self) -> tuple[int, ...]:
+        nodes = range(len(self.scores))
+        return tuple(sorted(nodes, key=self.scores.__getitem__, reverse=True))  # stable: no child before its parent
+
     def kept(self, budget: Budget) -> list[int]:
         """The nodes that a draft within this budget has of these, the best first."""
-        depths = self.depths
-        nodes = [node for node in range(len(self.scores)) if depths[node] <= budget.max_depth]
-        nodes.sort(key=lambda node: -self.scores[node])  # stable: no child before its parent
+        nodes = [node for node in self._best_first if self.depths[node] <= budget.max_depth]
         return nodes[: budget.worth([self.scores[node] for node in nodes])]
 
     def tokens(self, budget: Budget) -> int:
