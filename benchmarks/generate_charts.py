@@ -69,9 +69,15 @@ class Lines:
     guide: bool = False
 
 
+_SHORT = {"num_speculative_tokens": "n", "tree_depth": "depth", "tree_top_k": "top", "tree_nodes": "nodes"}
+
+
 def label(method: str) -> str:
-    """What people read for a method."""
-    return "plain" if method == PLAIN else method
+    """What people read for a method: its settings in short, the folders of its parts by name."""
+    name, *settings = method.split(":")
+    pairs = [setting.partition("=") for setting in settings]
+    said = [f"{_SHORT.get(key, key)} {value.rstrip('/').rpartition('/')[2]}" for key, _, value in pairs]
+    return " ".join(["plain" if name == PLAIN else name, ", ".join(said)]).strip()
 
 
 def task_label(task: str) -> str:
@@ -121,7 +127,7 @@ def acceptance(report: Report) -> Lines | None:
 
 
 def curve(report: Report) -> Lines | None:
-    """v(n): what a forward of n rows costs, over one of one row."""
+    """v(n): what a target forward of n rows costs, over one of one row."""
     return None if not report.curve else curves({"target": report.curve})
 
 
@@ -131,7 +137,7 @@ def curves(seconds: Mapping[str, Mapping[int, float]]) -> Lines:
         Line(name, tuple((float(n), by_rows[n] / by_rows[1]) for n in sorted(by_rows)), color)
         for (name, by_rows), color in zip(seconds.items(), _colors(len(seconds)), strict=True)
     )
-    return Lines("v(n) = t(n) / t(1), forwards of n rows", "rows n", lines, log=True, guide=True)
+    return Lines("v(n) = t(n) / t(1) of the target; dashed: n", "rows n", lines, log=True, guide=True)
 
 
 def _colors(count: int) -> Sequence[str]:

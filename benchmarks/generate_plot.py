@@ -89,7 +89,7 @@ def _lines(axis: Any, chart: Lines) -> None:
         axis.plot(xs, ys, color=line.color, marker="o", markersize=3.5, linewidth=1.8, label=line.name)
     if chart.guide:
         end = max(y for line in chart.lines for _, y in line.points)
-        axis.plot([1, max(end, 2)], [1, max(end, 2)], color="#b4bdc7", linestyle=(0, (4, 3)), label="v(n) = n")
+        axis.plot([1, max(end, 2)], [1, max(end, 2)], color="#b4bdc7", linestyle=(0, (4, 3)))
     if chart.log:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)

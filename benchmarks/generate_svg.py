@@ -9,7 +9,7 @@ from html import escape
 from quantspec.benchmarks.generate_charts import PART_COLORS, Bars, Lines, Stack
 from quantspec.calibrate.page import GRAY, INK, LINE, svg
 
-_WIDTH, _ROW, _LABELS, _VALUES = 460, 22, 150, 52
+_WIDTH, _ROW, _LABELS, _VALUES = 460, 22, 165, 52
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 260, 40, 12, 12, 38
 
 

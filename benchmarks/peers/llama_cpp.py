@@ -50,7 +50,7 @@ def load(options: Mapping[str, Any]) -> tuple[Mapping[str, Any], Answerer]:
         server = Server(binary, model, options["context"], options["threads"])
     atexit.register(server.close)
     described = {"describe": f"llama.cpp {version(binary)}", "flags": server.flags, "cpu": server.features}
-    return {**described, **({"notes": "; ".join(notes)} if notes else {})}, server.answer
+    return {**described, "notes": notes}, server.answer
 
 
 def version(binary: Path) -> str:
