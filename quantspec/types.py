@@ -298,9 +298,11 @@ class Budget:
 
         One that does not pay alone is kept where those after it pay for both, as at the start of a kernel's tile.
         """
+        scores, count, own = scores[: self.max_nodes], 0, len(self.prices)
+        if not own:
+            return next((k for k, score in enumerate(scores) if score <= self.min_score), len(scores))
         gain = best = 0.0
-        count, own = 0, len(self.prices)
-        for k, score in enumerate(scores[: self.max_nodes]):
+        for k, score in enumerate(scores):
             gain += score - (self.prices[k] if k < own else self.min_score)
             if gain > best:
                 best, count = gain, k + 1

@@ -79,7 +79,8 @@ class Frame:
         own["warp"].view(np.float32)[:] = (params.temperature, tau, params.top_p, params.min_p, params.top_k)
         stops = sorted(view.stop_ids)[:_STOPS]
         own["stops"][:] = (*stops, *[-1] * (_STOPS - len(stops)))
-        own["prices"].view(np.float32)[:] = [budget.price(k) for k in range(1, self.form.capacity + 1)]
+        # Rows that only the next ones would pay for are grown: what is not worth it, whoever sets max_nodes knows.
+        own["prices"].view(np.float32)[:] = budget.floors()[: self.form.capacity]
         for level in range(self._depth - 1):
             own[f"level {level}"][0] = count + level * self._width
         # Not pinned: staged before the call returns, so the next draft may be written without waiting for this one.

@@ -11,6 +11,7 @@ overwritten by the next fill.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from quantspec.core.drafter import View
 from quantspec.drafters.config import EagleOptions
-from quantspec.drafters.tree import Tree, assemble, frontier, rerank
+from quantspec.drafters.tree import Tree, assemble, frontier, promising, rerank
 from quantspec.types import EMPTY_DRAFT, Budget, Needs, Proposal, Tap, Verdict
 
 CHUNK = 256
@@ -130,9 +131,11 @@ class FeatureTree(ABC):
             start = len(tree)
             for node, tokens, scores in zip(nodes, *(rows.tolist() for rows in best), strict=True):
                 tree.expand(node, tokens, scores)
-            kept = rerank(tree.log_scores, budget.max_nodes, budget.price)
-            grown = frontier(tree, start, kept, self.options.top_k, view.stop_ids) if level < depth else []
-            if not grown:
+            if level == depth:
+                break
+            kept = promising(tree.log_scores, budget)
+            grown = frontier(tree, start, kept, self.options.top_k, view.stop_ids)
+            if sum(math.exp(tree.log_scores[node]) for node in grown) <= budget.level_price:
                 break
             row = {node: i for i, node in enumerate(nodes)}
             parents = [tree.parents[node] for node in grown]
@@ -142,7 +145,7 @@ class FeatureTree(ABC):
             features = outputs[torch.tensor([row[parent] for parent in parents], device=outputs.device)]
             tokens = [tree.tokens[node] for node in grown]
             outputs, nodes = self._expand(state, tokens, features, level, [columns[node] for node in grown]), grown
-        return assemble(tree, kept, self.name)
+        return assemble(tree, rerank(tree.log_scores, budget), self.name)
 
     def _fill(self, state: FeatureState, tokens: Sequence[int]) -> Tensor:
         """Fill all slots with a true feature; the last one's output ``[1, width]`` (made again if it was full)."""

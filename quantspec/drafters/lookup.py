@@ -53,13 +53,12 @@ class PromptLookup:
         rate = (state.hits + 1) / (state.trials + 2)
         for k in range(1, min(budget.max_nodes, budget.max_depth, view.remaining - 1) + 1):
             score *= rate
-            if score <= budget.price(k):
-                break
             text.append(text[source + k - 1])
             scores.append(score)
             if text[-1] in view.stop_ids:
                 break
-        return Draft.chain(text[len(view.tokens) :], scores, [self.name] * len(scores))
+        kept = budget.worth(scores)
+        return Draft.chain(text[len(view.tokens) :][:kept], scores[:kept], [self.name] * kept)
 
     def _extend(self, state: LookupState, tokens: Sequence[int]) -> None:
         text = state.tokens

@@ -19,7 +19,7 @@ from quantspec.drafters.medusa_files import read_medusa, read_medusa_config
 from quantspec.drafters.medusa_head import MedusaHead, NativeMedusaHead
 from quantspec.drafters.target import lend
 from quantspec.drafters.tau import tau_at
-from quantspec.drafters.tree import Ranked, assemble, best_first
+from quantspec.drafters.tree import Ranked, assemble, best_first, rerank
 from quantspec.errors import ModelError
 from quantspec.kernels.dispatch import NATIVE
 from quantspec.models.rotation import ResidualRotation
@@ -76,8 +76,8 @@ class Medusa:
         if state.features is None or min(depth, budget.max_nodes) < 1 or state.count != len(view.tokens) - 1:
             return EMPTY_DRAFT
         ranked = self._ranked(self._logits(state.features[-1:], depth), view)
-        tree = best_first(ranked, depth, budget.price, view.stop_ids)
-        return assemble(tree, range(len(tree)), self.name)
+        tree = best_first(ranked, depth, budget, view.stop_ids)
+        return assemble(tree, rerank(tree.log_scores, budget), self.name)
 
     def _logits(self, feature: Tensor, depth: int) -> Tensor:
         """``[depth, W]`` from a feature ``[1, H]``."""

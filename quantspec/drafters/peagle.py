@@ -59,7 +59,7 @@ class PEagle(Eagle3):
             tree.expand(len(tree) - 1, [token], [score])
             if token in view.stop_ids:  # nothing follows it
                 break
-        return assemble(tree, rerank(tree.log_scores, budget.max_nodes, budget.price), self.name)
+        return assemble(tree, rerank(tree.log_scores, budget), self.name)
 
     def _forward(self, state: FeatureState, tokens: Sequence[int], depth: int) -> Tensor:
         """Outputs ``[depth, width]`` that say the tokens of a draft: one forward, but for what a long prompt needs."""

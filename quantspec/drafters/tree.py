@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from quantspec.types import EMPTY_DRAFT, Draft
+from quantspec.types import EMPTY_DRAFT, Budget, Draft
 
 Ranked = tuple[Sequence[int], Sequence[float]]
 """Tokens that may follow a path, and their conditional log-probabilities, best first."""
@@ -37,34 +37,44 @@ class Tree:
         self.log_scores += [base + min(log_prob, 0.0) for log_prob in log_probs]
 
 
-def rerank(log_scores: Sequence[float], max_nodes: int, price: Callable[[int], float]) -> list[int]:
-    """Ids, ascending, of the best nodes: the k-th best is kept while its probability exceeds ``price(k)``.
+def rerank(log_scores: Sequence[float], budget: Budget) -> list[int]:
+    """Ids, ascending, of the nodes worth verifying (``Budget.worth``).
 
     Ties go to the earlier node, so the kept set holds every ancestor of its members.
     """
-    kept: list[int] = []
-    for node in sorted(range(len(log_scores)), key=log_scores.__getitem__, reverse=True)[:max_nodes]:
-        if math.exp(log_scores[node]) <= price(len(kept) + 1):
-            break
-        kept.append(node)
-    return sorted(kept)
+    best = _best(log_scores, budget.max_nodes)
+    return sorted(best[: budget.worth([math.exp(log_scores[node]) for node in best])])
+
+
+def promising(log_scores: Sequence[float], budget: Budget) -> list[int]:
+    """Ids, ascending, of the nodes that may be worth verifying once more have been grown: as ``rerank``, but for rows
+    that the next ones may pay for."""
+    if not budget.prices:
+        return rerank(log_scores, budget)
+    best = zip(_best(log_scores, budget.max_nodes), budget.floors(), strict=False)
+    return sorted(node for node, floor in best if math.exp(log_scores[node]) > floor)
+
+
+def _best(log_scores: Sequence[float], count: int) -> list[int]:
+    return sorted(range(len(log_scores)), key=log_scores.__getitem__, reverse=True)[:count]
 
 
 def frontier(tree: Tree, level_start: int, kept: Sequence[int], width: int, leaf_tokens: Collection[int]) -> list[int]:
     """The nodes of the newest level (ids from ``level_start``) worth expanding: the ``width`` best of those ``kept``.
 
-    A node outside the best cannot have a descendant among them (where prices do not fall), so nothing is lost by not
-    growing it. Nothing follows ``leaf_tokens``, which end the text.
+    A node outside the best cannot have a descendant among them, so nothing is lost by not growing it. Nothing follows
+    ``leaf_tokens``, which end the text.
     """
     growing = [i for i in kept if i >= level_start and tree.tokens[i] not in leaf_tokens]
     return sorted(sorted(growing, key=tree.log_scores.__getitem__, reverse=True)[:width])
 
 
 def best_first(
-    ranked: Callable[[tuple[int, ...]], Ranked], depth: int, price: Callable[[int], float], leaf_tokens: Collection[int]
+    ranked: Callable[[tuple[int, ...]], Ranked], depth: int, budget: Budget, leaf_tokens: Collection[int]
 ) -> Tree:
-    """The best nodes of the whole tree, in falling order, where what may follow a path costs no forward to know: the
-    k-th best is kept while its probability exceeds ``price(k)``. Nothing follows ``leaf_tokens``."""
+    """The best nodes of the whole tree, in falling order, where what may follow a path costs no forward to know, as far
+    as any of them may be worth verifying. Nothing follows ``leaf_tokens``."""
+    floors = budget.floors()
     tree, paths, children = Tree(), {-1: tuple[int, ...]()}, {-1: ranked(())}
     waiting: list[tuple[float, int, int, int]] = []  # negative score, order of arrival, parent, rank among its children
 
@@ -75,9 +85,9 @@ def best_first(
             heappush(waiting, (-above - min(log_probs[rank], 0.0), arrival, parent, rank))
 
     wait(-1, 0, 0)
-    while waiting:
+    while waiting and len(tree) < len(floors):
         negative, _, parent, rank = heappop(waiting)
-        if math.exp(-negative) <= price(len(tree) + 1):
+        if math.exp(-negative) <= floors[len(tree)]:
             break
         tokens, log_probs = children[parent]
         node, path = len(tree), (*paths[parent], tokens[rank])

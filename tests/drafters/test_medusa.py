@@ -80,7 +80,7 @@ def test_best_first_finds_the_best_nodes_of_the_whole_tree() -> None:
         return best, [table[path][token] for token in best]
 
     stop = ranked(())[0][1]
-    tree = best_first(ranked, depth, lambda k: 0.0 if k <= nodes else math.inf, {stop})
+    tree = best_first(ranked, depth, Budget(nodes, depth), {stop})
     scores: dict[tuple[int, ...], float] = {(): 0.0}
     for path in [p for d in range(depth) for p in itertools.product(range(9), repeat=d)]:
         if path in scores and stop not in path:
@@ -94,7 +94,7 @@ def test_best_first_finds_the_best_nodes_of_the_whole_tree() -> None:
     assert tree.log_scores == pytest.approx([scores[path] for path in paths])
     # A price ends the tree at the first node that does not pay for itself.
     third = math.exp(tree.log_scores[3])
-    assert len(best_first(ranked, depth, lambda k: third, {stop})) == 3
+    assert len(best_first(ranked, depth, Budget(nodes, depth, min_score=third), {stop})) == 3
 
 
 def drafted(drafter: Medusa, tokens: list[int], feature: torch.Tensor, params: SamplingParams, budget: Budget):

@@ -69,7 +69,7 @@ def host_tree(levels: list[dict[tuple[int, ...], tuple[list[int], list[float]]]]
         start = len(tree)
         for node in nodes:
             tree.expand(node, *levels[level][paths[node]])
-        kept = rerank(tree.log_scores, budget.max_nodes, budget.price)
+        kept = rerank(tree.log_scores, budget)
         grown = frontier(tree, start, kept, width, stops) if level + 1 < depth else []
         if not grown:
             break
