@@ -24,7 +24,7 @@ import quantspec
 from quantspec.benchmarks import generate_contenders
 from quantspec.benchmarks.equality import read_log
 from quantspec.benchmarks.generate_config import GenerateBench
-from quantspec.benchmarks.generate_figures import Turn, report_of
+from quantspec.benchmarks.generate_figures import CURVE, Turn, report_of
 from quantspec.benchmarks.generate_prompts import Prompt, read_prompts
 from quantspec.benchmarks.generate_rows import PLAIN, Report
 from quantspec.benchmarks.peers.process import Contender, PeerError, PeerProcess
@@ -157,20 +157,38 @@ class Bench:
         self._infos: dict[str, dict[str, Any]] = {}
 
     def start(self, log: Log, stop: Callable[[], bool]) -> None:
-        """Load everything. Raises ``ModelError`` where plain decoding fails."""
+        """Load everything, and have the target's forwards timed. Raises ``ModelError`` where plain decoding fails."""
+        if CURVE not in log.infos:
+            self._time_forwards(log)
         for name, contender in self._contenders.items():
             if stop():
                 return
-            if name not in self.errors:
-                self._note(f"loading {name}")
-                try:
-                    self._process(contender)
-                except PeerError as error:
-                    self._fails(name, error)
-            for line in self._infos.get(contender.process_key, {}).get("notes", ()):
+            if contender.error:
+                self._note(f"{name} takes no part: {contender.error}")
+                log.add_info(name, {"error": contender.error})
+                continue
+            self._note(f"loading {name}")
+            try:
+                self._process(contender)
+            except PeerError as error:
+                self._fails(name, error)
+                log.add_info(name, {"error": str(error)})
+                continue
+            info = self._infos[contender.process_key]
+            for line in info.get("notes", ()):
                 self._note(f"{name}: {line}")
-            info = {"error": self.errors[name]} if name in self.errors else self._infos[contender.process_key]
             log.add_info(name, info)
+
+    def _time_forwards(self, log: Log) -> None:
+        contender = generate_contenders.curve_of(self._contenders[PLAIN])
+        self._note("timing the target's forwards")
+        process = PeerProcess(contender, self._threads)
+        try:
+            log.add_info(CURVE, process.load(LOAD_SECONDS))
+        except PeerError as error:
+            self._note(f"the target's forwards could not be timed: {error}")
+        finally:
+            process.close()
 
     def turn(self, round_number: int, prompt: Prompt, stop: Callable[[], bool]) -> Turn | None:
         """One prompt, by all that still stand; None where ``stop`` cut it short."""
@@ -227,9 +245,9 @@ class Bench:
         """Its process, started anew where it has ended: another that shares it may have brought it down."""
         key = contender.process_key
         if key not in self._processes:
-            process = PeerProcess(contender.module, self._threads)
+            process = PeerProcess(contender, self._threads)
             try:
-                self._infos[key] = process.load(contender.options, LOAD_SECONDS)
+                self._infos[key] = process.load(LOAD_SECONDS)
             except BaseException:
                 process.close()
                 raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from quantspec.benchmarks.config import WIDTHS
 from quantspec.benchmarks.generate_config import COMPILED, DTYPES, GenerateBench
+from quantspec.benchmarks.generate_figures import CURVE
 from quantspec.benchmarks.generate_rows import PLAIN
 from quantspec.benchmarks.peers import llama_cpp
 from quantspec.benchmarks.peers.process import Contender
@@ -96,8 +97,6 @@ def _ours(config: GenerateBench, spec: str, there: Sequence[Found], threads: int
     options = {**found.options, **dict(_setting(spec, each) for each in settings), "device": config.device}
     EngineConfig(model=config.model, threads=threads, **options)  # says now what is wrong with a value
     options |= {"model": config.model, "threads": threads}
-    if spec == PLAIN:
-        options["curve"] = WIDTHS
     return Contender(name=spec, kind="ours", module=OURS, options=options)
 
 
@@ -109,6 +108,11 @@ def _setting(spec: str, text: str) -> tuple[str, Any]:
         hint = did_you_mean(key, known) or "like eagle:tree_depth=4:num_speculative_tokens=12"
         raise UsageError(f"{spec}: {text!r} is no setting with a value", hint=hint)
     return key, int(value) if value.isdecimal() else value
+
+
+def curve_of(plain: Contender) -> Contender:
+    """A process beside the others that times the target's forwards: it holds more memory than plain decoding does."""
+    return replace(plain, name=CURVE, options={**plain.options, "curve": WIDTHS})
 
 
 def setting_of(config: GenerateBench, work: Path, threads: int, context: int, note: Note) -> Setting:

@@ -23,6 +23,8 @@ Turn = Mapping[str, Any]
 contender the figures of its ``answers``, or an ``error``."""
 Turns = Mapping[tuple[int, int], Turn]
 """By round and the prompt's number."""
+CURVE = "curve"
+"""What the process that times the target's forwards is called among those that say something of themselves."""
 NOISE_LIMIT = 0.15
 """What the spread of equal work may be, as ``Noise`` counts it, for a speedup to mean something."""
 _RESAMPLES = 2000
@@ -44,10 +46,10 @@ def report_of(
     groups = {ALL: [prompt.number for prompt in prompts], **(tasks if len(tasks) > 1 else {})}
     found = [_Found(one, infos.get(one.name, {}), turns, loops) for one in contenders]
     steady = noise is not None and noise.refusal is None
-    curve = infos.get(PLAIN, {}).get("curve")
+    curve = infos.get(CURVE, {}).get("curve")
     return Report(
         settings=settings,
-        contenders={name: {key: info[key] for key in info if key != "curve"} for name, info in infos.items()},
+        contenders={name: info for name, info in infos.items() if name != CURVE},
         rows=tuple(each.row(task, set(numbers), steady) for task, numbers in groups.items() for each in found),
         noise=noise,
         curve=None if curve is None else {int(width): seconds for width, seconds in curve.items()},
@@ -123,7 +125,7 @@ def _figures(
     plain: Sequence[Mapping[str, Any]],
     once: Sequence[Mapping[str, Any]],
     steady: bool,
-) -> tuple[dict[str, float], dict[str, Interval]]:
+) -> tuple[dict[str, Any], dict[str, Interval]]:
     """The figures that have intervals, and these; ``plain`` are plain decoding's answers in the same turns, ``once``
     one of each prompt."""
     by_prompt: dict[int, list[tuple[float, float]]] = defaultdict(list)

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from quantspec.benchmarks.generate_charts import label
 from quantspec.benchmarks.generate_rows import ALL, PARTS, Report, Row
 
 COLUMNS = (
-    "method", "tokens/s", "to plain", "acceptance length", "forwards", "draft, ms", "verify", "other",
-    "first token, ms", "peak MB", "equal to plain",
+    "method", "tokens/s", "to plain", "acceptance length", "forwards", "step, ms: draft + verify + other", "peak MB",
+    "equal to plain",
 )  # fmt: skip
 NO_FIGURE = "-"
 
 
 def cells(row: Row) -> list[str]:
-    """One line of a table; a method that failed says why."""
+    """One line of a table; why a method failed stands below it (``closing``)."""
     if row.error:
-        return [row.method, *[NO_FIGURE] * (len(COLUMNS) - 2), f"failed: {row.error}"]
-    parts = row.step_ms or {}
+        return [label(row.method), "failed", *[NO_FIGURE] * (len(COLUMNS) - 2)]
+    step = [] if row.step_ms is None else [f"{row.step_ms[part]:.2f}" for part in PARTS]
     return [
-        row.method,
-        _with_interval(row, "tokens_per_second", 1),
+        label(row.method),
+        _with_interval(row, "tokens_per_second", 0 if (row.tokens_per_second or 0) >= 100 else 1),
         _with_interval(row, "speedup", 2, "x"),
-        _with_interval(row, "acceptance_length", 2),
+        NO_FIGURE if row.acceptance_length is None else f"{row.acceptance_length:.2f}",
         NO_FIGURE if row.target_forwards is None else str(row.target_forwards),
-        *(f"{parts[part]:.2f}" if part in parts else NO_FIGURE for part in PARTS),
-        NO_FIGURE if row.time_to_first_token is None else f"{1e3 * row.time_to_first_token:.1f}",
+        " + ".join(step) or NO_FIGURE,
         NO_FIGURE if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 1e6:.0f}",
         _equality(row),
     ]
@@ -44,18 +44,20 @@ def closing(report: Report) -> Iterator[str]:
         f"{report.prompts} prompts of up to {settings.get('max_new_tokens')} tokens, greedy, {settings.get('rounds')} "
         f"rounds, {settings.get('threads')} threads; each contender in a process of its own, one at work at a time, in "
         "a new order each turn. Of a prompt's rounds the median time counts, prefills included; in brackets 95% "
-        f"bootstraps over prompts and rounds. {loops} texts that loop are left out of all but the comparison. Forwards: "
-        "the target's, prompts' left out; draft, verify, other: of one step."
+        f"bootstraps over prompts and rounds. {loops} texts that loop are left out of all but the comparison. Forwards "
+        "and steps: without the prompts' own."
     )
     if report.noise is not None:
         steadiness = f"spread of equal work {report.noise.spread:.1%}, {report.noise.limit:.0%} allowed"
         yield f"Machine: {steadiness}."
         if report.noise.refusal:
             yield f"{report.noise.refusal[0].upper()}{report.noise.refusal[1:]}."
-    for name, info in report.contenders.items():
-        versions = [str(info[key]) for key in ("describe", "version", "flags") if info.get(key)]
-        if versions:
-            yield f"{name}: {'; '.join(versions)}."
+    for name in report.methods:
+        info, errors = report.contenders.get(name, {}), [row.error for row in report.rows if row.method == name]
+        said = [str(info[key]) for key in ("describe", "version", "flags") if info.get(key)]
+        said += [f"failed: {error}" for error in dict.fromkeys(errors) if error]
+        if said:
+            yield f"{label(name)}: {'; '.join(said)}."
     if report.left_out:
         yield f"{len(report.left_out)} prompts were left out: {report.left_out[0]}."
     if not report.complete:
@@ -95,4 +97,4 @@ def _with_interval(row: Row, name: str, digits: int, unit: str = "") -> str:
 def _equality(row: Row) -> str:
     if row.equal_to_plain is None:
         return NO_FIGURE
-    return "yes" if row.equal_to_plain else f"no ({row.equal_share or 0:.0%} are)"
+    return "yes" if row.equal_to_plain else f"no ({row.equal_share or 0:.0%})"

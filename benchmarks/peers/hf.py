@@ -82,7 +82,7 @@ def generate(model: PreTrainedModel, assistant: PreTrainedModel | None, ask: Ask
 def _load(folder: str, options: Mapping[str, Any]) -> PreTrainedModel:
     dtype = getattr(torch, options["dtype"])
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model.to(options["device"]).eval()  # type: ignore[arg-type]
+    return model.to(options["device"]).eval()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ _CURVE_CONTEXT, _CURVE_SECONDS = 128, 3.0
 
 
 def load(options: Mapping[str, Any]) -> tuple[dict[str, Any], Answerer]:
-    """``options`` are ``quantspec.load``'s, and ``curve``: widths of target forwards to time."""
+    """``options`` are ``quantspec.load``'s, and ``curve``: widths of target forwards to time, and to tell of alone."""
     notes: list[str] = []
     engine_options = {key: value for key, value in options.items() if key != "curve"}
     llm = quantspec.load(**engine_options, notice=notes.append)
@@ -29,6 +29,8 @@ def load(options: Mapping[str, Any]) -> tuple[dict[str, Any], Answerer]:
         raise ModelError(notes[-1])  # such as that the drafter did not fit into memory
     # A first run pays for caches, thread pools and what is compiled.
     llm.generate("Question:", SamplingParams(max_new_tokens=8, seed=0))
+    if "curve" in options:
+        return {"curve": _curve(llm, options["curve"])}, lambda ask: generate(llm, ask)
     described = {
         "describe": llm.describe(),
         "version": quantspec.__version__,
@@ -36,7 +38,6 @@ def load(options: Mapping[str, Any]) -> tuple[dict[str, Any], Answerer]:
         "num_speculative_tokens": llm.config.max_nodes,
         "weight_bytes": llm.weight_bytes,
         "notes": notes,
-        "curve": _curve(llm, options.get("curve", ())),
     }
     return described, lambda ask: generate(llm, ask)
 
@@ -73,10 +74,8 @@ def _peak_memory() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_memory()
 
 
-def _curve(llm: LLM, widths: Sequence[int]) -> dict[int, float] | None:
+def _curve(llm: LLM, widths: Sequence[int]) -> dict[int, float]:
     """Seconds of a target forward by its rows, with a short text in the cache."""
-    if not widths:
-        return None
     from quantspec.calibrate.cost.curve import Forwards
 
     engine = llm._engine

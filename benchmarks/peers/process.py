@@ -19,6 +19,8 @@ from quantspec.benchmarks.peers.protocol import Answer, Ask
 from quantspec.errors import one_line
 
 _CLOSING_SECONDS = 5.0
+_OF_OURS = "GOMP_SPINCOUNT"
+"""Set by the command line for the sake of our own kernels; other engines run as they run elsewhere."""
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
@@ -53,22 +55,24 @@ class PeerError(Exception):
 class PeerProcess:
     """A worker in a process group of its own, so that Ctrl-C reaches it only through its parent."""
 
-    def __init__(self, module: str, threads: int) -> None:
+    def __init__(self, contender: Contender, threads: int) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _end
         environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads)), "TOKENIZERS_PARALLELISM": "false"}
+        if contender.kind == "peer":
+            environment.pop(_OF_OURS, None)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", contender.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env=environment,
             start_new_session=True,
         )
-        self._unread = b""
+        self._options, self._unread = contender.options, b""
 
-    def load(self, options: Mapping[str, Any], limit: float) -> dict[str, Any]:
+    def load(self, limit: float) -> dict[str, Any]:
         """What the worker says of itself. Raises ``PeerError``."""
-        ready = self._exchange({"load": dict(options)}, limit).get("ready")
+        ready = self._exchange({"load": dict(self._options)}, limit).get("ready")
         if not isinstance(ready, dict):
             raise self._gone("speaks another protocol")
         return ready
