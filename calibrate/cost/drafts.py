@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
-from statistics import median
 from time import perf_counter
 
-from quantspec.calibrate.cost.fit import fit
+from quantspec.calibrate.cost.fit import fit, quick
 from quantspec.calibrate.cost.inner import InnerVerifier
 from quantspec.calibrate.cost.watch import Watched, watch
 from quantspec.calibrate.cost.workbench import Workbench
@@ -55,7 +54,7 @@ def widest(method: str, nodes: int, top_k: int) -> Mapping[str, int]:
 def measure_plain(bench: Workbench, prompts: Prompts, new_tokens: int) -> float:
     """Seconds of a plain step outside its forward."""
     steps = [step for prompt in prompts for step in watch(bench.plain, prompt, new_tokens)[1:]]
-    return median(step.seconds - step.verify for step in steps)
+    return quick([step.seconds - step.verify for step in steps])
 
 
 def measure_drafter(
@@ -68,21 +67,22 @@ def measure_drafter(
         engine = bench.engine(setting)
         runs, inner, failure = _watch_all(bench, engine, setting, prompts, new_tokens, seconds)
     except QuantSpecError as error:
-        return _failed(setting, str(error))
+        return failed(setting, str(error))
     except Exception as error:  # of a drafter that nobody has seen yet
-        return _failed(setting, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return failed(setting, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
     if failure:
-        return _failed(setting, failure)
+        return failed(setting, failure)
     steps = [step for run in runs for step in run[_AFTER:]]
     trace = Trace(tuple(step.record() for step in steps if step.whole and step.budget == engine.budget))
     if inner is None:
-        cost = fit(((_levels(step), len(step.draft), _outside(step, overhead)) for step in steps if len(step.draft)))
+        cost = fit((_levels(step), len(step.draft), _outside(step, overhead)) for step in steps if len(step.draft))
         return _candidate(setting, _with_prefill(cost, runs, overhead), trace)
     assert curve is not None, "a cascade's intermediate was measured before"
     return _cascade(setting, runs, inner, trace, overhead, curve)
 
 
-def _failed(setting: Setting, why: str) -> Candidate:
+def failed(setting: Setting, why: str) -> Candidate:
+    """A drafter that could not be measured."""
     return Candidate(setting.method, setting.parts, setting.options, DraftCost(), failure=why)
 
 
@@ -95,7 +95,8 @@ def _watch_all(
     bench: Workbench, engine: Engine, setting: Setting, prompts: Prompts, new_tokens: int, seconds: float
 ) -> tuple[list[list[Watched]], InnerVerifier | None, str | None]:
     """The runs, what was seen inside a cascade, and why there are no more of them."""
-    inner, budgets = None, _budgets(engine.budget)
+    inner: InnerVerifier | None = None
+    budgets: Iterator[Budget] | None = _budgets(engine.budget)
     if setting.method == "cascade":
         assert isinstance(engine.drafter, Cascade), "the method's drafter"
         config, budgets = engine.config, None
@@ -136,7 +137,7 @@ def _with_prefill(cost: DraftCost, runs: Sequence[Sequence[Watched]], overhead: 
     extra = [
         (_outside(step, overhead) - cost.at(_levels(step), len(step.draft))) / step.context for step in firsts
     ]  # fmt: skip
-    return DraftCost(max(median(extra), 0.0) if extra else 0.0, cost.fixed, cost.per_level, cost.per_node)
+    return DraftCost(max(quick(extra), 0.0) if extra else 0.0, cost.fixed, cost.per_level, cost.per_node)
 
 
 def _cascade(
@@ -158,6 +159,6 @@ def _cascade(
                 rounds += inside
                 rest.append(max(_outside(step, overhead) - spent, 0.0))
     cost = fit(each.sample for each in rounds if each.record.scores)
-    inside = Inner(curve, cost, Trace(tuple(each.record for each in rounds if each.wide)))
-    prefill = median(spent / context for spent, context in firsts) if firsts else 0.0
-    return _candidate(setting, DraftCost(prefill, median(rest) if rest else 0.0), trace, inside)
+    level = Inner(curve, cost, Trace(tuple(each.record for each in rounds if each.wide)))
+    prefill = quick([spent / context for spent, context in firsts]) if firsts else 0.0
+    return _candidate(setting, DraftCost(prefill, quick(rest) if rest else 0.0), trace, level)

@@ -23,8 +23,15 @@ class Workbench:
         self.notices.clear()
         config, tokenizer = self._config(setting), self.plain.tokenizer
         assert tokenizer is not None, "build loads one"
-        draft = None if config.draft_model is None else self._draft_model(config.draft_model, config)
+        draft = None if config.draft_model is None else self.draft_model(setting)
         return equip(config, self.plain.model, tokenizer, self.notices.append, draft)
+
+    def draft_model(self, setting: Setting) -> CausalModel:
+        """The setting's draft model, loaded once."""
+        name = setting.parts["draft_model"]
+        if name not in self._draft_models:
+            self._draft_models[name] = load_draft_model(self._config(setting), self.notices.append)
+        return self._draft_models[name]
 
     def failure(self, engine: Engine, setting: Setting) -> str | None:
         """Why the engine does without the setting's drafter, or its drafter's first complaint."""
@@ -34,8 +41,3 @@ class Workbench:
 
     def _config(self, setting: Setting) -> EngineConfig:
         return replace(self.plain.config, method=setting.method, **setting.parts, **setting.options)  # type: ignore[arg-type]
-
-    def _draft_model(self, name: str, config: EngineConfig) -> CausalModel:
-        if name not in self._draft_models:
-            self._draft_models[name] = load_draft_model(config, self.notices.append)
-        return self._draft_models[name]

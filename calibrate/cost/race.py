@@ -1,0 +1,106 @@
+"""Settings side by side: each writes the same prompts by the real engine, in turns, and the times decide."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from quantspec.calibrate.cost.watch import watch
+from quantspec.calibrate.cost.workbench import Workbench
+from quantspec.calibrate.stats import Ratio, ratio
+from quantspec.engine.costs import Setting
+from quantspec.engine.engine import Engine
+from quantspec.engine.records import Record
+from quantspec.errors import QuantSpecError
+
+_AFTER = 2  # steps in which target and drafter read the prompt: they are paid once, not by the token
+_ROUNDS = 4
+_HOPELESS = 0.6
+"""What gave so little of the fastest one's speed on the first prompts does not run on the others."""
+_JUDGED = 3
+
+
+@dataclass(frozen=True)
+class Run(Record):
+    """One text: the tokens that its steps gave and their seconds, those that read the prompt left out."""
+
+    setting: int
+    prompt: int
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+
+class Race:
+    """``runs`` are what earlier calls gave; ``keep`` hears of each new one. ``failures`` tell why a setting, by number,
+    does not take part."""
+
+    def __init__(self, bench: Workbench, settings: Sequence[Setting], runs: Sequence[Run] = ()) -> None:
+        self._bench, self._settings, self.runs = bench, settings, list(runs)
+        self.failures: dict[int, str] = {}
+        self._engines: dict[int, Engine] = {}
+        for number, setting in enumerate(settings):
+            self._load(number, setting)
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, seconds: float, keep: Callable[[Run], None], seed: int
+    ) -> None:
+        """Rounds over all prompts, settings in a new order each time, until ``seconds`` are over; not before every
+        setting has written ``_JUDGED`` prompts, or all of them."""
+        shuffle, began = random.Random(seed).shuffle, perf_counter()
+        taking_part = list(self._engines)
+        for number in range(_ROUNDS):
+            for at, prompt in enumerate(prompts):
+                if perf_counter() - began > seconds and (number or at >= _JUDGED):
+                    return
+                shuffle(taking_part)
+                for one in taking_part:
+                    if one in self._engines and self._count(one, at) <= number:
+                        self._one(one, at, prompt, new_tokens, keep)
+                if at + 1 == _JUDGED:
+                    taking_part = self._hopeful(taking_part)
+
+    def speed(self, number: int) -> Ratio:
+        """Tokens per second of a setting, with a 95% bootstrap interval over prompts. Of a step that several rounds
+        have timed, the least time counts: what else the machine did only ever adds to it."""
+        pairs = []
+        for prompt in {run.prompt for run in self.runs if run.setting == number}:
+            same = [run for run in self.runs if (run.setting, run.prompt) == (number, prompt)]
+            alike = [run for run in same if run.tokens == same[0].tokens]
+            seconds = sum(map(min, zip(*(run.seconds for run in alike), strict=True)))
+            pairs.append((float(sum(same[0].tokens)), seconds))
+        return ratio(pairs)
+
+    def _load(self, number: int, setting: Setting) -> None:
+        try:
+            engine = self._bench.engine(setting)
+            failure = self._bench.failure(engine, setting)
+        except QuantSpecError as error:
+            failure = str(error)
+        if failure:
+            self.failures[number] = failure
+        else:
+            self._engines[number] = engine
+
+    def _one(self, number: int, at: int, prompt: Sequence[int], new_tokens: int, keep: Callable[[Run], None]) -> None:
+        self._bench.notices.clear()
+        engine, setting = self._engines[number], self._settings[number]
+        steps = watch(engine, prompt, new_tokens)[_AFTER:]
+        failure = self._bench.failure(engine, setting)
+        if failure:
+            self.failures[number] = failure
+            del self._engines[number]
+            return
+        run = Run(number, at, tuple(step.tokens for step in steps), tuple(step.seconds for step in steps))
+        self.runs.append(run)
+        keep(run)
+
+    def _count(self, number: int, prompt: int) -> int:
+        return sum((run.setting, run.prompt) == (number, prompt) for run in self.runs)
+
+    def _hopeful(self, numbers: Sequence[int]) -> list[int]:
+        speeds = {number: self.speed(number).value for number in numbers if number in self._engines}
+        fastest = max(speeds.values(), default=0.0)
+        plain = [number for number in speeds if self._settings[number].method == "none"]
+        return [number for number, speed in speeds.items() if speed >= _HOPELESS * fastest or number in plain]

@@ -1,0 +1,227 @@
+"""``quantspec tune``: measure a model and its drafters on this machine, and write the profile that the planner reads.
+
+Forwards first, then every drafter at its widest; the planner ranks what follows from these; its best setting of each
+drafter then runs against plain decoding, and the fastest is chosen. Every finished part is kept at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from quantspec.calibrate.cost.config import TuneConfig
+from quantspec.calibrate.cost.curve import INNER_WIDTHS, WIDTHS, Forwards, noise
+from quantspec.calibrate.cost.drafts import failed, measure_drafter, measure_plain, widest, widest_nodes
+from quantspec.calibrate.cost.found import Found, find
+from quantspec.calibrate.cost.prompts import read_prompts
+from quantspec.calibrate.cost.race import Race, Run
+from quantspec.calibrate.cost.work import Work
+from quantspec.calibrate.cost.workbench import Workbench
+from quantspec.core.verify import Verifier
+from quantspec.engine import here
+from quantspec.engine.build import DEFAULT_TARGET, build
+from quantspec.engine.costs import (
+    FORMAT_VERSION,
+    PLAIN,
+    Candidate,
+    CostCurve,
+    Measured,
+    Profile,
+    Setting,
+    file_name,
+)
+from quantspec.engine.planner import Plan, rank
+from quantspec.errors import ModelError, ResourceError
+from quantspec.models.fingerprint import fingerprint
+from quantspec.models.resolve import resolve
+
+Note = Callable[[str], None]
+
+_SHARES = {"forwards": 0.15, "drafters": 0.45, "race": 0.4}
+"""Of the time to measure."""
+_RETRIES = 2
+"""How often forwards are timed again where their times do not repeat."""
+_PLAIN_PROMPTS = 3
+_LIMITS = ("seconds", "max_noise", "prompts")
+"""What may change when an interrupted tune goes on; of the prompts their tokens count."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A profile, where it lies, how long it took to measure, and how noisy the machine was (0: times repeat)."""
+
+    profile: Profile
+    path: Path
+    seconds: float
+    noise: float
+
+
+def tune(config: TuneConfig, out: Path | None, folder: Path, note: Note) -> Tuned:
+    """Measure what ``config`` names and write the profile to ``out`` (None: under its own name in ``folder``).
+
+    ``note`` hears what is being done. Raises ``UsageError`` or ``ModelError`` for models and prompts that cannot be
+    had, ``ResourceError`` for a machine that is too noisy, whose old profile stays as it is.
+    """
+    began = perf_counter()
+    engine = build(config.engine(), note)
+    target = resolve(DEFAULT_TARGET if config.model == "default" else config.model)
+    machine, model = here.machine(engine.config), fingerprint(target)
+    path = out or folder / file_name(model, machine)
+    assert engine.tokenizer is not None, "build loads one"
+    prompts = read_prompts(config.prompts, engine.tokenizer, engine.max_context, config.max_new_tokens, note)
+    found = find(config.model, config.draft_model, config.head, note)[1:]
+    kernels = here.kernels_of(engine.model, engine.config)
+    identity: dict[str, Any] = {"machine": machine, "model": model, "kernels": kernels, "prompts": prompts}
+    identity |= {name: value for name, value in asdict(config).items() if name not in _LIMITS}
+    identity["drafters"] = [[one.name, *_stamps(one)] for one in found]
+    with Work(path, identity) as work:
+        if work.resumed:
+            note("going on with what an interrupted tune has measured")
+        tuning = _Tuning(config, Workbench(engine), prompts, work, path, note)
+        profile = tuning.profile(machine, model, kernels, found)
+        profile.save(path)
+        work.finish()
+    return Tuned(profile, path, perf_counter() - began, tuning.noise)
+
+
+def _stamps(one: Found) -> list[Any]:
+    """What a resumed run must find again of a drafter: its parts, and their files."""
+    stamps: list[Any] = sorted(one.options.items())
+    for name in sorted(set(one.options) - {"method"}):
+        files = sorted(resolve(one.options[name]).glob("*.safetensors"))
+        stamps += [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return stamps
+
+
+class _Tuning:
+    """The parts of one tune, in order; those that ``work`` has are not measured again."""
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        bench: Workbench,
+        prompts: Sequence[Sequence[int]],
+        work: Work,
+        path: Path,
+        note: Note,
+    ) -> None:
+        self.config, self.bench, self.prompts, self.work, self.note = config, bench, prompts, work, note
+        self.path, self.noise = path, 0.0
+        self._seconds = {part: share * config.seconds for part, share in _SHARES.items()}
+
+    def profile(self, machine: Mapping[str, str | int], model: str, kernels: str, found: Sequence[Found]) -> Profile:
+        """Measure everything."""
+        target, overhead = self._target()
+        candidates = tuple(self._candidate(one, target, overhead, len(found)) for one in found)
+
+        def made(measured: Sequence[Measured], chosen: Setting) -> Profile:
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            return Profile(
+                FORMAT_VERSION, machine, model, kernels, created, target, overhead, candidates, tuple(measured), chosen
+            )
+
+        measured = self._race(rank(made((), PLAIN)))
+        return made(measured, max(measured, key=lambda each: each.tokens_per_second).setting)
+
+    def _target(self) -> tuple[CostCurve, float]:
+        done = self.work.get("target")
+        if done is None:
+            engine = self.bench.plain
+            self.note(f"timing forwards of {engine.config.model} on {engine.model.backend}")
+            share = self._seconds["forwards"] / 2
+            curve = self._curve(engine.verifier, WIDTHS, share)
+            some = self.prompts[:_PLAIN_PROMPTS]
+            done = {"curve": curve.as_dict(), "noise": self.noise}
+            done["overhead"] = measure_plain(self.bench, some, self.config.max_new_tokens)
+            self.work.put("target", done)
+        self.noise = done["noise"]
+        return CostCurve.from_dict(done["curve"]), done["overhead"]
+
+    def _curve(self, verifier: Verifier, widths: Sequence[int], seconds: float) -> CostCurve:
+        """Times that repeat. Raises ``ResourceError`` where none do."""
+        threads = self.bench.plain.torch_threads
+        forwards = Forwards(verifier, self.config.contexts, widths, threads, self.config.seed)
+        for attempt in range(1 + _RETRIES):
+            forwards.run(seconds)
+            self.noise = noise(forwards.times)
+            if self.noise <= self.config.max_noise:
+                return forwards.curve()
+            if attempt < _RETRIES:
+                self.note(f"times of the same forward differ by {self.noise:.0%}: timing more of them")
+        kept = f"; the profile {self.path} stays as it is" if self.path.is_file() else ""
+        raise ResourceError(
+            f"this machine is too noisy to measure: times of the same forward differ by {self.noise:.0%}, more than "
+            f"{self.config.max_noise:.0%}{kept}",
+            hint="end what else runs here and try again, or raise --max-noise",
+        )
+
+    def _candidate(self, one: Found, target: CostCurve, overhead: float, count: int) -> Candidate:
+        part = f"drafter {one.name}"
+        done = self.work.get(part)
+        if done is None:
+            found = self._measure(one, target, overhead, self._seconds["drafters"] / count)
+            done = found.as_dict()
+            self.work.put(part, done)
+        candidate = Candidate.from_dict(done)
+        if candidate.failure:
+            self.note(f"{one.name} fails: {candidate.failure}")
+        return candidate
+
+    def _measure(self, one: Found, target: CostCurve, overhead: float, seconds: float) -> Candidate:
+        if one.error:
+            return failed(Setting(one.name), one.error)
+        self.note(f"measuring {one.name}")
+        method, top_k = one.options["method"], self.bench.plain.config.tree_top_k
+        parts = {name: _lasting(value) for name, value in one.options.items() if name != "method"}
+        setting = Setting(method, parts, widest(method, widest_nodes(target), top_k))
+        curve = None
+        if method == "cascade":
+            try:
+                curve = self._intermediate(setting)
+            except ModelError as error:
+                return failed(setting, str(error))
+        new_tokens = self.config.max_new_tokens
+        return measure_drafter(self.bench, setting, self.prompts, new_tokens, overhead, curve, seconds)
+
+    def _intermediate(self, setting: Setting) -> CostCurve:
+        part = f"forwards {setting.parts['draft_model']}"
+        done = self.work.get(part)
+        if done is None:
+            verifier = Verifier(self.bench.draft_model(setting), stage="intermediate")
+            done = self._curve(verifier, INNER_WIDTHS, self._seconds["forwards"] / 4).as_dict()
+            self.work.put(part, done)
+        return CostCurve.from_dict(done)
+
+    def _race(self, plans: Sequence[Plan]) -> list[Measured]:
+        """The best setting of each drafter and plain decoding, measured; the planner's order."""
+        settings = [plan.setting for plan in plans]
+        listed = [setting.as_dict() for setting in settings]
+        done = self.work.get("race")
+        if done is None or done["settings"] != listed:
+            done = {"settings": listed, "runs": []}
+        self.note(f"running {len(settings)} settings against each other")
+        race = Race(self.bench, settings, [Run.from_dict(run) for run in done["runs"]])
+
+        def keep(run: Run) -> None:
+            done["runs"].append(run.as_dict())
+            self.work.put("race", done)
+
+        race.run(self.prompts, self.config.max_new_tokens, self._seconds["race"], keep, self.config.seed)
+        measured = []
+        for number, plan in enumerate(plans):
+            speed = race.speed(number)
+            if number in race.failures:
+                self.note(f"{plan.setting.method} fails: {race.failures[number]}")
+            else:
+                measured.append(Measured(plan.setting, plan.speed.rate, speed.value, speed.low, speed.high))
+        return measured
+
+
+def _lasting(name: str) -> str:
+    """A part's name that means the same in every folder."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
