@@ -8,8 +8,11 @@ session back to the common prefix; when the target goes the same way, tokens pas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,11 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Drafted:
-    """One provisional token: the level that proposed it, how sure the intermediate was of it, and, under the ratio
-    rule, the distribution ``[V]`` it was drawn from."""
+    """One provisional token: the level that proposed it, how sure the intermediate was of it, its runner-up and how
+    likely that was; and, under the ratio rule, the distribution ``[V]`` it was drawn from."""
 
     stage: str
     probability: float
+    runner_up: tuple[int, float]
     q: Tensor | None
 
 
@@ -48,9 +52,11 @@ class _Level:
     drafted: list[_Drafted] = field(default_factory=list)
     stopped: bool = False
 
-    def hungry(self, goal: int) -> bool:
-        """Whether another round is due on the way to ``goal`` tokens."""
-        return len(self.drafted) < goal and not self.stopped and self.session.finish is None
+    def hungry(self, goal: int, price: float) -> bool:
+        """Whether another round, at this price, is due on the way to ``goal`` tokens."""
+        if len(self.drafted) >= goal or self.stopped or self.session.finish is not None:
+            return False
+        return not price or math.prod(token.probability for token in self.drafted) > price
 
 
 @dataclass(slots=True)
@@ -110,10 +116,15 @@ class Cascade:
             self._sync(state, view) if goal > 0 else None
             for state, view, goal in zip(states, views, goals, strict=True)
         ]
-        while hungry := [level for level, goal in zip(levels, goals, strict=True) if level and level.hungry(goal)]:
+        due = [
+            (level, goal, budget.level_price)
+            for level, goal, budget in zip(levels, goals, budgets, strict=True)
+            if level
+        ]
+        while hungry := [level for level, goal, price in due if level.hungry(goal, price)]:
             self._round(hungry, ratio=views[0].stream is None)
         return [
-            _chain(level, view, budget) if level else EMPTY_DRAFT
+            _draft(level, view, budget, self.verifier.stage) if level else EMPTY_DRAFT
             for level, view, budget in zip(levels, views, budgets, strict=True)
         ]
 
@@ -156,15 +167,16 @@ class Cascade:
             self.verifier,
             [self.inner_budget(session) for session in sessions],
             notice=self.notice,
-            top_k=self.verifier.model.vocab_size if ratio else 2 if self.stop else 1,
+            top_k=self.verifier.model.vocab_size if ratio else 2,
         )
         for level, verdict, start in zip(levels, verdicts, starts, strict=True):
             assert verdict.top is not None, "asked for above"
             rows = [0, *(node + 1 for node in verdict.path)]  # those that the emitted tokens were drawn from
             ids, scores = verdict.top
-            best = scores[:, 0].exp().tolist()
+            best = scores[rows, :2].exp()
+            runners_up = zip(ids[rows, 1].tolist(), best[:, 1].tolist(), strict=True)
             q_rows = _proposal(level.session, ids[rows], scores[rows], start) if ratio else [None] * len(rows)
-            level.drafted += map(_Drafted, verdict.stages, [best[row] for row in rows], q_rows)
+            level.drafted += map(_Drafted, verdict.stages, best[:, 0].tolist(), runners_up, q_rows)
             if self.stop:
                 level.stopped = self.stop(float((scores[rows, 0] - scores[rows, 1]).min()))
 
@@ -209,22 +221,38 @@ def _proposal(session: Session, ids: Tensor, scores: Tensor, start: int) -> list
     return list((rows + torch.stack(noise).to(rows.device)).softmax(-1))
 
 
-def _chain(level: _Level, view: View, budget: Budget) -> Draft:
-    """The surplus as a draft, as long as it pays."""
+def _draft(level: _Level, view: View, budget: Budget, stage: str) -> Draft:
+    """The surplus as a draft, as far as it pays. Where rows have prices of their own it may be a narrow tree, with
+    runners-up that pay for theirs, such as those that a kernel's tile gives for nothing."""
     room = min(len(level.drafted), budget.max_nodes, budget.max_depth, view.remaining - 1)
-    scores: list[float] = []
-    score = 1.0
-    for k, token in enumerate(level.drafted[:room], 1):
-        score *= token.probability
-        # Under the ratio rule a token must not be dropped for what it is: that would bend the distribution.
-        if view.stream is not None and score <= budget.price(k):
-            break
-        scores.append(score)
-    kept, start = level.drafted[: len(scores)], len(view.tokens)
-    q_rows = [token.q for token in kept if token.q is not None]
-    return Draft.chain(
-        level.session.tokens[start : start + len(kept)],
-        scores,
-        [token.stage for token in kept],
+    drafted, start = level.drafted[:room], len(view.tokens)
+    q_rows = [token.q for token in drafted if token.q is not None]
+    draft = Draft.chain(
+        level.session.tokens[start : start + room],
+        list(accumulate([token.probability for token in drafted], mul)),
+        [token.stage for token in drafted],
         torch.stack(q_rows) if q_rows else None,
     )
+    # Under the ratio rule a token must not be dropped for what it is: that would bend the distribution.
+    if view.stream is None:
+        return draft
+    if budget.prices:
+        draft = _with_runners_up(draft, [token.runner_up for token in drafted], stage)
+    best = sorted(range(len(draft)), key=draft.scores.__getitem__, reverse=True)
+    return draft.select(sorted(best[: budget.worth([draft.scores[node] for node in best])]))
+
+
+def _with_runners_up(chain: Draft, runners_up: Sequence[tuple[int, float]], stage: str) -> Draft:
+    """The chain, and beside each of its tokens the intermediate's second choice, below which nothing grows."""
+    nodes, above, reached = list[tuple[int, int, float, str]](), -1, 1.0
+    own = zip(chain.tokens, chain.scores, chain.stages, runners_up, strict=True)
+    for token, score, proposer, (other, probability) in own:
+        place = len(nodes)
+        nodes.append((token, above, score, proposer))
+        if probability > 0:  # else no other could be drawn
+            nodes.append((other, above, reached * probability, stage))
+        above, reached = place, score
+    if not nodes:
+        return chain
+    tokens, parents, scores, stages = zip(*nodes, strict=True)
+    return Draft(tokens, parents, scores, stages)

@@ -252,6 +252,50 @@ def test_scores_are_the_intermediates_own_path_products_and_prices_cut_the_chain
     assert len(drafter.propose([drafter.open(view)], [view], [Budget(9, 9, min_score=price)])[0]) == 2
 
 
+def test_rows_with_prices_of_their_own_take_runners_up_where_the_margin_is_small() -> None:
+    model = TableModel(VOCAB, seed=8)
+    drafter, view = cascade(model, min_draft=3), view_of([0, 1])
+    chain = drafter.propose([drafter.open(view)], [view], [Budget(9, 3)])[0]
+    tree = drafter.propose([drafter.open(view)], [view], [Budget(9, 3, prices=(0.0,) * 9)])[0]
+    assert (len(chain), len(tree)) == (3, 6)
+    assert tree.best_chain().tokens == chain.tokens
+    text, reached = [0, 1], 1.0
+    for depth, token in enumerate(chain.tokens):
+        row = model.row(text).softmax(-1)
+        best = [node for node in range(6) if tree.depths()[node] == depth + 1]
+        assert [tree.tokens[node] for node in best] == row.topk(2).indices.tolist()
+        assert [tree.scores[node] for node in best] == pytest.approx((reached * row.topk(2).values).tolist(), rel=1e-5)
+        assert tree.stages[best[1]] == "intermediate"
+        text, reached = [*text, token], reached * float(row[token])
+    # With four rows for nothing, the surest four of the six.
+    few = drafter.propose([drafter.open(view)], [view], [Budget(9, 3, prices=(0.0,) * 4 + (9.0,) * 5)])[0]
+    assert sorted(few.scores) == sorted(sorted(tree.scores)[2:])
+
+
+def test_a_round_that_promises_less_than_it_costs_is_not_run() -> None:
+    model = TableModel(VOCAB, seed=8)
+    drafter, view = cascade(model, min_draft=6), view_of([0, 1])
+    whole = drafter.propose([drafter.open(view)], [view], [Budget(9, 9)])[0]
+    price = (whole.scores[1] + whole.scores[2]) / 2
+    before = model.forwards
+    assert len(drafter.propose([drafter.open(view)], [view], [Budget(9, 9, level_price=price)])[0]) == 3
+    assert model.forwards == before + 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_texts_with_runners_up_are_plain_and_some_of_them_are_accepted(generate, temperature: float) -> None:
+    model, near = TableModel(VOCAB, seed=3), TableModel(VOCAB, seed=3, blur=0.8)
+    params = SamplingParams(max_new_tokens=40, temperature=temperature)
+    prompts = [[0, 1], [2, 3], [4, 5]]
+    run = generate(
+        model, prompts, params, draft_model(near, num_speculative_tokens=3), budget=Budget(6, 3, prices=(0.0,) * 6)
+    )
+    assert run.texts == generate(model, prompts, params).texts
+    taken = [verdict for verdicts in run.verdicts for verdict in verdicts if verdict.path]
+    second = [v for v in taken if v.draft.best_chain().tokens[: len(v.tokens)] != v.tokens]
+    assert 0 < len(second) < len(taken)
+
+
 def test_the_stop_hook_sees_the_least_lead_of_a_round() -> None:
     model, leads = counting(), []
     drafter = cascade(model, min_draft=5, stop=lambda lead: leads.append(lead) or len(leads) == 3)
