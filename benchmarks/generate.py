@@ -43,8 +43,14 @@ CALIBRATION_TOKENS, CALIBRATION_SECONDS, MOST_CALIBRATIONS = 32, 0.3, 5
 Note = Callable[[str], None]
 
 
-def run(config: GenerateBench, note: Note, stop: Callable[[], bool] = lambda: False) -> Report:
+def run(
+    config: GenerateBench,
+    note: Note,
+    stop: Callable[[], bool] = lambda: False,
+    arrange: Callable[[list[Contender]], list[Contender]] = list,
+) -> Report:
     """The report. ``stop`` is asked between texts; what is finished by then is reported, and ``complete`` is false.
+    ``arrange`` may put our own methods into other processes.
 
     Raises ``UsageError`` or ``ModelError`` for options, prompts or a target that cannot be used or plain decoding that
     fails, ``ResourceError`` for an output folder that cannot be written. Any other contender that fails has rows that
@@ -62,7 +68,7 @@ def run(config: GenerateBench, note: Note, stop: Callable[[], bool] = lambda: Fa
         else:
             atomic.make_folder(config.out)
             work = config.out
-        contenders = generate_contenders.methods(config, threads, note)
+        contenders = arrange(generate_contenders.methods(config, threads, note))
         settings = _settings(config, threads, prompts, contenders)
         log = Log(None if config.out is None else config.out / LOG, settings)
         setting = generate_contenders.setting_of(config, work, threads, longest, note)

@@ -63,8 +63,8 @@ def lines(chart: Lines) -> str:
             tip = f"<title>{escape(line.name)}, {chart.x_label} {x:g}: {y:.3g}</title>"
             parts.append(f'<circle cx="{across:.1f}" cy="{up:.1f}" r="3" fill="{line.color}">{tip}</circle>')
     parts.append(_text((_LEFT + _WIDTH) / 2, _HEIGHT - 4, chart.x_label, "middle"))
-    rows = list(_legend(((line.name, line.color) for line in chart.lines), _HEIGHT, columns=3))
-    height = _HEIGHT + _ROW * math.ceil(len(chart.lines) / 3) + 4
+    rows = list(_legend(((line.name, line.color) for line in chart.lines), _HEIGHT, columns=2))
+    height = _HEIGHT + _ROW * math.ceil(len(chart.lines) / 2) + 4
     return svg(_WIDTH, height, chart.title, [*parts, *rows])
 
 
