@@ -102,7 +102,7 @@ def _linears(fused: Fused, bits: int, generator: torch.Generator) -> dict[str, T
             continue
         words = torch.randint(-(2**31), 2**31, (n, k // 8), dtype=torch.int32, generator=generator)
         tensors[f"{name}.weight_packed"] = words
-        tensors[f"{name}.weight_scale"] = torch.full((n, k // _GROUP), k**-0.5 / 4.6, dtype=torch.bfloat16)
+        tensors[f"{name}.weight_scale"] = torch.full((n, -(-k // _GROUP)), k**-0.5 / 4.6, dtype=torch.bfloat16)
         tensors[f"{name}.weight_shape"] = torch.tensor([n, k])
     return tensors
 

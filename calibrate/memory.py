@@ -21,10 +21,3 @@ def give_back_freed_blocks() -> None:
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, _BLOCK)
             mallopt(_M_TRIM_THRESHOLD, 2 * _BLOCK)
-
-
-def give_back_the_rest() -> None:
-    """Return what glibc keeps of smaller freed blocks."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

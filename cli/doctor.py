@@ -116,6 +116,9 @@ def _version(name: str) -> str:
 def _machine() -> dict[str, Any]:
     import torch
 
+    from quantspec.kernels.memory import available_bytes
+
+    free = available_bytes()
     gpus = [_gpu(torch.cuda.get_device_properties(index)) for index in range(torch.cuda.device_count())]
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -124,6 +127,7 @@ def _machine() -> dict[str, Any]:
         "cpu flags": " ".join(cpu_flags()) or "none known",
         "torch cpu capability": torch.backends.cpu.get_cpu_capability()
         + (", AMX" if "amx_int8" in cpu_flags() else ""),
+        "free memory": "unknown" if free is None else f"{free / 2**30:.1f} GiB",
         "gpus": ", ".join(gpus) or "none",
         "torch's CUDA": torch.version.cuda or "none: this torch is built for CPUs",
     }

@@ -1,8 +1,11 @@
-"""How much memory this process may still take, as the system limits it, and how much it took. No torch here."""
+"""How much memory this process may still take, as the system limits it, how much it took, and how to give some back.
+No torch here."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +27,13 @@ def peak_bytes() -> int:
 def status_bytes(key: str) -> int:
     """A figure of Linux's /proc/self/status, such as ``VmRSS``; 0 where there is none."""
     return _kilobytes(_lines(Path("/proc/self/status")).get(key, "0 kB"))
+
+
+def give_back_the_rest() -> None:
+    """Return what glibc keeps of smaller freed blocks."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _limits() -> Iterator[int]:

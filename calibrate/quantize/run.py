@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantspec.calibrate import data
-from quantspec.calibrate.memory import give_back_freed_blocks, give_back_the_rest
+from quantspec.calibrate.memory import give_back_freed_blocks
 from quantspec.calibrate.quantize import auto, by_gptqmodel, checkpoint, report
 from quantspec.calibrate.quantize.acceptance import tune
 from quantspec.calibrate.quantize.config import (
@@ -36,7 +36,7 @@ from quantspec.calibrate.quantize.stream import EMBEDDING, HEAD, StreamedModel, 
 from quantspec.calibrate.quantize.transforms.registry import model_transform
 from quantspec.calibrate.quantize.work import WorkFolder, fingerprint, report_fingerprint
 from quantspec.errors import Interrupted, ModelError, ResourceError, UsageError
-from quantspec.kernels.memory import peak_bytes
+from quantspec.kernels.memory import give_back_the_rest, peak_bytes
 from quantspec.models import atomic
 from quantspec.models.config import KV_CALIBRATED, read_config
 from quantspec.models.load import usable_device

@@ -15,6 +15,7 @@ from quantspec.errors import ModelError, QuantSpecError, Unavailable, UsageError
 from quantspec.kernels import dispatch
 from quantspec.kernels.cpu import library
 from quantspec.kernels.dispatch import Activations
+from quantspec.kernels.memory import give_back_the_rest
 from quantspec.kernels.reference import Linear
 from quantspec.kernels.torch_int4 import TorchInt4Linear
 from quantspec.models.atomic import verify_manifest
@@ -91,6 +92,7 @@ def load_model(
     lowered += check_kv_cache(config, kv_cache_dtype, folder)
     with torch.no_grad():
         model = _load_fastest(folder, config, torch.device(device), request, backend)
+    give_back_the_rest()  # what was read on the way, in blocks that the C library would keep
     model.rotation = load_rotation(folder, raw)
     model.notes = (*lowered, *model.notes)
     return model

@@ -15,14 +15,13 @@ from quantspec.kernels.dispatch import Activations
 from quantspec.models.config import ModelConfig
 from quantspec.models.cpu_decoder import CpuDecoder
 from quantspec.models.quantization import EMBEDDING_MODULE, HEAD_MODULE
-from quantspec.models.weights import Fused, LayerNames, Weights, fold_order, join
-from quantspec.numerics.affine import QuantizedWeight, quantize
+from quantspec.models.weights import Fused, LayerNames, Weights, fold_order, round_rows
+from quantspec.numerics.affine import QuantizedWeight
 from quantspec.numerics.kv import KVFormat
 from quantspec.numerics.scheme import Scheme
 
 HEAD_SCHEME = Scheme(bits=8, group_size=128, symmetric=True, dtype="float32")
 """What a quantized model's LM head and embedding, stored unquantized, are rounded to where activations are int8."""
-_CHUNK = 4096  # rows of a head that are rounded at a time, in fp32
 
 
 def refusal(config: ModelConfig) -> str | None:
@@ -87,7 +86,7 @@ class _Packer:
     def vocabulary(self, weight: Tensor | QuantizedWeight) -> PackedLinear:
         """The embedding or the LM head."""
         if isinstance(weight, Tensor) and self._integer and self._config.quantization is not None:
-            weight = join([quantize(rows, HEAD_SCHEME) for rows in weight.split(_CHUNK)])
+            weight = round_rows(weight, HEAD_SCHEME)
         return self._pack(weight, None)
 
     def _pack(self, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> PackedLinear:

@@ -186,8 +186,7 @@ class _Reader:
             self._linear((weight,))
         else:
             rounded = weight.rounded(scheme, _FP32 if scheme is HEAD_SCHEME else 2)
-            # On the host the pieces, and these put together, stand beside what is read.
-            self._most(0 if gpu else weight.read + 2 * rounded.read)
+            self._most(0 if gpu else weight.read + rounded.read)
             self._linear((rounded,))
 
     def _linear(self, weights: tuple[_Weight, ...]) -> None:
@@ -248,13 +247,13 @@ def _foreign_price(store: TensorStore) -> Price:
 
 def _foreign_kv_bytes(raw: dict[str, Any], tokens: int) -> int:
     """As far as the usual keys tell; 0 where there are none, as of models that keep a state instead."""
-    heads = raw.get("num_attention_heads")
-    kv_heads, layers, hidden = (raw.get(key) for key in ("num_key_value_heads", "num_hidden_layers", "hidden_size"))
-    if not (isinstance(heads, int) and isinstance(layers, int) and isinstance(hidden, int) and heads > 0):
-        return 0
-    width = raw.get("head_dim") if isinstance(raw.get("head_dim"), int) else hidden // heads
-    assert isinstance(width, int)
-    return layers * 2 * (kv_heads if isinstance(kv_heads, int) else heads) * width * tokens * _FP32
+
+    def size(*keys: str) -> int:
+        return next((raw[key] for key in keys if isinstance(raw.get(key), int)), 0)
+
+    layers, heads = size("num_hidden_layers", "n_layer"), size("num_attention_heads", "n_head")
+    width = size("head_dim") or size("hidden_size", "n_embd") // max(heads, 1)
+    return layers * 2 * size("num_key_value_heads", "num_attention_heads", "n_head") * width * tokens * _FP32
 
 
 def _power_of_two(count: int) -> int:

@@ -219,7 +219,18 @@ def fold_order(
 
 def round_head(weight: Tensor, bits: int) -> QuantizedWeight:
     """An LM head ``[V, H]`` that is stored unquantized, in ``HEAD_SCHEMES[bits]``."""
-    return join([quantize(rows.float(), HEAD_SCHEMES[bits]) for rows in weight.split(_CHUNK)])
+    return round_rows(weight, HEAD_SCHEMES[bits])
+
+
+def round_rows(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """A weight ``[N, K]`` in a symmetric scheme, a few rows at a time: no copy of it in fp32 is made."""
+    n, k = weight.shape
+    codes = torch.empty(n, k, dtype=torch.int8)
+    scale = torch.empty(n, scheme.num_groups(k), dtype=getattr(torch, scheme.dtype))
+    for start in range(0, n, _CHUNK):
+        part = quantize(weight[start : start + _CHUNK].float(), scheme)
+        codes[start : start + _CHUNK], scale[start : start + _CHUNK] = part.codes, part.scale
+    return QuantizedWeight(codes, scale, None, scheme)
 
 
 def fuse(parts: list[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight:
