@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "Write a model for vLLM, SGLang, transformers, GPTQModel, AutoAWQ or llama.cpp.",
     "eval": "Measure a model on text and tasks, alone or against its parent.",
     "check": "Look for defects in a model, and print how to serve it.",
+    "tune": "Measure what speculation gives on this machine, and choose how to decode.",
     "bench": "Measure the kernels, or a whole model, on this machine.",
     "train": "Train the default family, or a part of it.",
     "demo": "Quantize the default target, generate with and without drafters, compare.",

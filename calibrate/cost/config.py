@@ -15,7 +15,7 @@ from quantspec.numerics.scheme import KVCacheDtype
 class TuneConfig:
     """What to measure for a model's profile, and for how long."""
 
-    model: str
+    model: str = "default"
     draft_model: str | None = None
     """A small model with the target's tokenizer: a drafter by itself, and the intermediate of a cascade."""
     head: tuple[str, ...] = ()

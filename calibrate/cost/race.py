@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from time import perf_counter
 
 from quantspec.calibrate.cost.watch import watch
@@ -64,13 +65,25 @@ class Race:
     def speed(self, number: int) -> Ratio:
         """Tokens per second of a setting, with a 95% bootstrap interval over prompts. Of a step that several rounds
         have timed, the least time counts: what else the machine did only ever adds to it."""
-        pairs = []
-        for prompt in {run.prompt for run in self.runs if run.setting == number}:
-            same = [run for run in self.runs if (run.setting, run.prompt) == (number, prompt)]
-            alike = [run for run in same if run.tokens == same[0].tokens]
-            seconds = sum(map(min, zip(*(run.seconds for run in alike), strict=True)))
-            pairs.append((float(sum(same[0].tokens)), seconds))
-        return ratio(pairs)
+        texts = [self._same(number, prompt) for prompt in {run.prompt for run in self.runs if run.setting == number}]
+        return ratio([(float(sum(same[0].tokens)), _least(same)) for same in texts])
+
+    def noise(self) -> float:
+        """How far times repeat: the median over all settings and prompts of the difference between a text's earlier and
+        later rounds, as a share of the smaller; 0 where there was one round."""
+        apart = [0.0]
+        for number, prompt in {(run.setting, run.prompt) for run in self.runs}:
+            same = self._same(number, prompt)
+            if len(same) > 1:
+                half = len(same) // 2
+                first, second = _least(same[:half]), _least(same[half:])
+                apart.append(abs(first - second) / max(min(first, second), 1e-9))
+        return median(apart[1:] or apart)
+
+    def _same(self, number: int, prompt: int) -> list[Run]:
+        """The rounds of one text, whose steps are the same each time."""
+        runs = [run for run in self.runs if (run.setting, run.prompt) == (number, prompt)]
+        return [run for run in runs if run.tokens == runs[0].tokens]
 
     def _load(self, number: int, setting: Setting) -> None:
         try:
@@ -104,3 +117,8 @@ class Race:
         fastest = max(speeds.values(), default=0.0)
         plain = [number for number in speeds if self._settings[number].method == "none"]
         return [number for number, speed in speeds.items() if speed >= _HOPELESS * fastest or number in plain]
+
+
+def _least(runs: Sequence[Run]) -> float:
+    """Seconds of a text of which every step took its least time."""
+    return sum(map(min, zip(*(run.seconds for run in runs), strict=True)))

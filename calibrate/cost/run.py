@@ -60,8 +60,9 @@ class Tuned:
     noise: float
 
 
-def tune(config: TuneConfig, out: Path | None, folder: Path, note: Note) -> Tuned:
-    """Measure what ``config`` names and write the profile to ``out`` (None: under its own name in ``folder``).
+def tune(config: TuneConfig, out: Path | None, folder: Path, note: Note, again: bool = True) -> Tuned:
+    """Measure what ``config`` names and write the profile to ``out`` (None: under its own name in ``folder``). Not
+    ``again``: one that is there, holds here and knows these drafters is taken as it is.
 
     ``note`` hears what is being done. Raises ``UsageError`` or ``ModelError`` for models and prompts that cannot be
     had, ``ResourceError`` for a machine that is too noisy, whose old profile stays as it is.
@@ -75,6 +76,11 @@ def tune(config: TuneConfig, out: Path | None, folder: Path, note: Note) -> Tune
     prompts = read_prompts(config.prompts, engine.tokenizer, engine.max_context, config.max_new_tokens, note)
     found = find(config.model, config.draft_model, config.head, note)[1:]
     kernels = here.kernels_of(engine.model, engine.config)
+    if not again and (profile := _there(path, note)):
+        refusal = profile.refusal(machine, model, kernels) or _other_drafters(profile, found)
+        if refusal is None:
+            return Tuned(profile, path, 0.0, 0.0)
+        note(f"the profile {path} is measured anew: {refusal}")
     identity: dict[str, Any] = {"machine": machine, "model": model, "kernels": kernels, "prompts": prompts}
     identity |= {name: value for name, value in asdict(config).items() if name not in _LIMITS}
     identity["drafters"] = [[one.name, *_stamps(one)] for one in found]
@@ -86,6 +92,28 @@ def tune(config: TuneConfig, out: Path | None, folder: Path, note: Note) -> Tune
         profile.save(path)
         work.finish()
     return Tuned(profile, path, perf_counter() - began, tuning.noise)
+
+
+def _there(path: Path, note: Note) -> Profile | None:
+    """A profile that was measured before."""
+    if not path.exists():
+        return None
+    try:
+        return Profile.load(path)
+    except ModelError as error:
+        note(f"{error}: it is measured anew")
+        return None
+
+
+def _other_drafters(profile: Profile, found: Sequence[Found]) -> str | None:
+    """Why a profile does not know all of these drafters, and these alone."""
+    known = {(each.method, *sorted(each.parts.items())) for each in profile.candidates}
+    wanted = {_key(one) for one in found}
+    return None if known == wanted else "it was measured with other drafters"
+
+
+def _key(one: Found) -> tuple[Any, ...]:
+    return one.options.get("method", one.name), *sorted(_parts(one).items())
 
 
 def _stamps(one: Found) -> list[Any]:
@@ -152,9 +180,12 @@ class _Tuning:
                 return forwards.curve()
             if attempt < _RETRIES:
                 self.note(f"times of the same forward differ by {self.noise:.0%}: timing more of them")
+        raise self._too_noisy("forward")
+
+    def _too_noisy(self, what: str) -> ResourceError:
         kept = f"; the profile {self.path} stays as it is" if self.path.is_file() else ""
-        raise ResourceError(
-            f"this machine is too noisy to measure: times of the same forward differ by {self.noise:.0%}, more than "
+        return ResourceError(
+            f"this machine is too noisy to measure: times of the same {what} differ by {self.noise:.0%}, more than "
             f"{self.config.max_noise:.0%}{kept}",
             hint="end what else runs here and try again, or raise --max-noise",
         )
@@ -176,8 +207,7 @@ class _Tuning:
             return failed(Setting(one.name), one.error)
         self.note(f"measuring {one.name}")
         method, top_k = one.options["method"], self.bench.plain.config.tree_top_k
-        parts = {name: _lasting(value) for name, value in one.options.items() if name != "method"}
-        setting = Setting(method, parts, widest(method, widest_nodes(target), top_k))
+        setting = Setting(method, _parts(one), widest(method, widest_nodes(target), top_k))
         curve = None
         if method == "cascade":
             try:
@@ -211,6 +241,10 @@ class _Tuning:
             self.work.put("race", done)
 
         race.run(self.prompts, self.config.max_new_tokens, self._seconds["race"], keep, self.config.seed)
+        self.noise = max(self.noise, race.noise())
+        if self.noise > self.config.max_noise:
+            self.work.put("race", None)  # the next tune runs them again
+            raise self._too_noisy("text")
         measured = []
         for number, plan in enumerate(plans):
             speed = race.speed(number)
@@ -219,6 +253,10 @@ class _Tuning:
             else:
                 measured.append(Measured(plan.setting, plan.speed.rate, speed.value, speed.low, speed.high))
         return measured
+
+
+def _parts(one: Found) -> dict[str, str]:
+    return {name: _lasting(value) for name, value in one.options.items() if name != "method"}
 
 
 def _lasting(name: str) -> str:
