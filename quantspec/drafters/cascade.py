@@ -71,8 +71,9 @@ class Cascade:
     """Drafts chains of at least ``min_draft`` tokens that ``verifier``'s model, helped by ``inner``, stands for.
 
     ``inner_budget`` says what one inner draft may cost. ``stop`` sees the intermediate's lead over its runner-up, in
-    log-score, at the least certain token of each inner round, and ends the draft where it returns True. A node's score
-    is the product of the intermediate's own coupled probabilities ``softmax(log q - log E)`` along the chain.
+    log-score, at the least certain token of each inner round, and ends the draft where it returns True. ``watch`` sees
+    each inner session after a round, how many tokens it had before, and the intermediate's verdict. A node's score is
+    the product of the intermediate's own coupled probabilities ``softmax(log q - log E)`` along the chain.
     """
 
     needs = Needs()
@@ -88,7 +89,9 @@ class Cascade:
         inner_budget: Callable[[Session], Budget] = lambda session: Budget(15, 6),
         stop: Callable[[float], bool] | None = None,
         notice: Callable[[str], None] = warn,
+        watch: Callable[[Session, int, Verdict], None] | None = None,
     ) -> None:
+        self.watch = watch
         self.inner, self.verifier, self.options = inner, verifier, options or CascadeOptions()
         self.tokenizer, self.inner_budget, self.stop, self.notice = tokenizer, inner_budget, stop, notice
 
@@ -177,6 +180,8 @@ class Cascade:
             runners_up = zip(ids[rows, 1].tolist(), best[:, 1].tolist(), strict=True)
             q_rows = _proposal(level.session, ids[rows], scores[rows], start) if ratio else [None] * len(rows)
             level.drafted += map(_Drafted, verdict.stages, best[:, 0].tolist(), runners_up, q_rows)
+            if self.watch:
+                self.watch(level.session, start, verdict)
             if self.stop:
                 level.stopped = self.stop(float((scores[rows, 0] - scores[rows, 1]).min()))
 

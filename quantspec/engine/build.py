@@ -24,9 +24,11 @@ from quantspec.drafters.medusa_files import is_medusa
 from quantspec.drafters.peagle import PEagle
 from quantspec.drafters.peagle_files import is_peagle
 from quantspec.engine import memory
+from quantspec.engine.causes import Subject
 from quantspec.engine.config import HEAD_METHODS, EngineConfig
 from quantspec.engine.engine import Engine, is_out_of_memory
 from quantspec.engine.stats import TimedVerifier
+from quantspec.engine.watch import InnerWatch
 from quantspec.errors import ModelError, ResourceError, UsageError
 from quantspec.kernels.cpu import library
 from quantspec.kernels.cuda import library as cuda_library
@@ -258,6 +260,7 @@ def _drafter(
             tokenizer=tokenizer,
             inner_budget=lambda session: budget,
             notice=notice,
+            watch=InnerWatch(Subject(inner, draft, tokenizer), notice),
         )
         return cascade, head_bytes
     return NoDrafter(), 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from quantspec.errors import QuantSpecError
@@ -12,11 +13,23 @@ from quantspec.models.tensors import checkpoint_files
 from quantspec.types import Tap
 
 if TYPE_CHECKING:
-    from quantspec.engine.engine import Engine
+    from quantspec.core.drafter import Drafter
+    from quantspec.models.base import CausalModel
+    from quantspec.models.tokenizer import Tokenizer
 
 _MOST_BYTES = 4 << 30  # of weights that are summed up to know them again
 _PROBED = 192  # tokens of the text on which other layers are tried
 _CLEAR = 0.1  # how much more often right other layers must be
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A drafter, and the model below which it drafts, with that model's tokenizer: the target's, or inside a cascade
+    its intermediate's."""
+
+    drafter: Drafter
+    model: CausalModel
+    tokenizer: Tokenizer | None
 
 
 @runtime_checkable
@@ -35,9 +48,9 @@ class TappedDrafter(Protocol):
         ...
 
 
-def causes(engine: Engine, tokens: Sequence[int], prompt: Sequence[int]) -> list[str]:
-    """What is found, then what cannot be ruled out, for the engine's drafter on the text ``tokens``."""
-    drafter, model = engine.drafter, engine.model
+def causes(subject: Subject, tokens: Sequence[int], prompt: Sequence[int]) -> list[str]:
+    """What is found, then what cannot be ruled out, for the drafter on the text ``tokens``."""
+    drafter, model = subject.drafter, subject.model
     config, base = getattr(drafter, "config", None), getattr(model, "config", None)
     found, possible = list[str](), list[str]()
     if isinstance(drafter, TappedDrafter):
@@ -45,11 +58,11 @@ def causes(engine: Engine, tokens: Sequence[int], prompt: Sequence[int]) -> list
     shape = getattr(config, "model", None)
     if isinstance(shape, ModelConfig) and isinstance(base, ModelConfig) and shape.rope != base.rope:
         found.append(f"its rope parameters ({_rope(shape.rope)}) differ from the target's ({_rope(base.rope)})")
-    trained_on, own = getattr(config, "base", None), _own(engine)
+    trained_on, own = getattr(config, "base", None), _own(subject)
     known = trained_on is not None and trained_on == own
     if trained_on is not None and own is not None and not known:
         found.append("it was trained on other weights than this target's: another model, or another quantization of it")
-    if _untemplated(engine, prompt):
+    if _untemplated(subject, prompt):
         found.append("the prompt is not in the target's chat template")
     quantized = isinstance(base, ModelConfig) and base.quantization is not None
     if not known and getattr(model, "rotation", None) is not None:
@@ -88,10 +101,10 @@ def _layers(drafter: TappedDrafter, tokens: Sequence[int]) -> list[str]:
     ]
 
 
-def _own(engine: Engine) -> str | None:
-    """The target's fingerprint, if it is quick to know."""
+def _own(subject: Subject) -> str | None:
+    """The model's fingerprint, if it is quick to know."""
     try:
-        folder = None if engine.tokenizer is None else engine.tokenizer.folder
+        folder = None if subject.tokenizer is None else subject.tokenizer.folder
         if folder is None or sum(path.stat().st_size for path in checkpoint_files(folder)) > _MOST_BYTES:
             return None
         return fingerprint(folder)
@@ -99,9 +112,9 @@ def _own(engine: Engine) -> str | None:
         return None
 
 
-def _untemplated(engine: Engine, prompt: Sequence[int]) -> bool:
-    """Whether the target has a chat template that leaves a mark on every prompt, and this prompt has none."""
-    tokenizer = engine.tokenizer
+def _untemplated(subject: Subject, prompt: Sequence[int]) -> bool:
+    """Whether the model has a chat template that leaves a mark on every prompt, and this prompt has none."""
+    tokenizer = subject.tokenizer
     try:
         if tokenizer is None or tokenizer.chat_template is None:
             return False

@@ -10,11 +10,12 @@ from quantspec.core.drafter import Drafter, NoDrafter
 from quantspec.core.noise import Stream
 from quantspec.core.sampling import WarpChain
 from quantspec.core.session import Session
-from quantspec.engine.causes import causes
+from quantspec.engine.causes import Subject
 from quantspec.engine.config import HEAD_METHODS
 from quantspec.engine.engine import Engine, is_out_of_memory
 from quantspec.engine.stats import Lap, Stats
 from quantspec.engine.stream import OutputText
+from quantspec.engine.watch import useless
 from quantspec.errors import ResourceError, UsageError
 from quantspec.types import Budget, Chunk, SamplingParams, TokenLogprob, Verdict
 
@@ -162,12 +163,8 @@ class Request:
             return
         if engine.alarm.count(tokens[: len(tokens) - len(verdict.emitted)], verdict):
             engine.judged = True
-            why = self._spare(lambda: causes(engine, tokens, self.prompt)) or ["not found out"]
-            engine.notice(
-                f"drafter {self.drafter.name} is hardly ever right: {engine.alarm.hits} of its first "
-                f"{engine.alarm.drafts} drafts began with a right token, and the text's commonest tokens would have "
-                f"{engine.alarm.chance} times; likely causes: {'; '.join(why)}"
-            )
+            subject = Subject(engine.drafter, engine.model, engine.tokenizer)
+            engine.notice(useless(engine.alarm, subject, tokens, self.prompt))
 
     def _judge(self) -> None:
         """Say what the user would not see: a drafter that never helps, a context that was too short."""

@@ -14,10 +14,13 @@ from tiny_eagle3 import FLAT, head_tensors
 from torch import Tensor
 
 import quantspec
-from quantspec.core.drafter import TargetParts
+from quantspec.core.drafter import NoDrafter, TargetParts
+from quantspec.drafters.cascade import Cascade
 from quantspec.drafters.eagle3 import Eagle3
+from quantspec.engine import watch as watching
 from quantspec.engine.alarm import DRAFTS, FALSE_ALARM, MARGIN, Alarm, most_hits
-from quantspec.engine.causes import _layers
+from quantspec.engine.causes import Subject, _layers
+from quantspec.engine.watch import InnerWatch
 from quantspec.models.load import load_model
 from quantspec.models.resolve import resolve
 from quantspec.types import Batch, Draft, SamplingParams, Verdict
@@ -26,14 +29,14 @@ PROMPTS = ("Question: Anna has 3 apples and buys 4 more. How many?\nAnswer:", "T
 Edit = dict[str, Any]
 
 
-def changed(folder: Path, edit: Edit, broken: bool) -> str:
-    """The shipped head under another config; ``broken``: its inputs mixed up, as another target's features would be."""
-    shipped = resolve("default/eagle-target")
+def changed(folder: Path, edit: Edit, broken: bool, name: str = "default/eagle-target") -> str:
+    """A shipped head under another config; ``broken``: its inputs mixed up, as another target's features would be."""
+    shipped = resolve(name)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(json.loads((shipped / "config.json").read_text()) | edit))
     tensors = load_file(shipped / "model.safetensors")
     if broken:
-        order = torch.randperm(512, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(tensors["fc.weight"].shape[1], generator=torch.Generator().manual_seed(0))
         tensors["fc.weight"] = tensors["fc.weight"][:, order].contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return str(folder)
@@ -65,6 +68,46 @@ def test_a_useless_head_is_told_with_what_is_found_first(tmp_path: Path, edit: E
     (line,) = told(changed(tmp_path / "head", edit, broken=True))
     assert "\n" not in line
     assert line.partition("likely causes: ")[2].startswith(first)
+
+
+def told_of_a_cascade(head: str) -> list[str]:
+    """Lines about drafters, after enough rounds inside a cascade to judge the head there."""
+    lines: list[str] = []
+    llm = quantspec.load("default", notice=lines.append, head=head, method="cascade", tree_depth=3)
+    assert isinstance(llm._engine.drafter, Cascade)
+    watch = llm._engine.drafter.watch
+    assert isinstance(watch, InnerWatch)
+    for seed in range(8):
+        if watch.alarm.drafts >= DRAFTS:
+            break
+        llm.generate(PROMPTS[seed % 2], SamplingParams(max_new_tokens=96, ignore_eos=True, seed=seed))
+    assert watch.alarm.drafts == DRAFTS
+    return [line for line in lines if "hardly ever right" in line]
+
+
+@pytest.mark.parametrize(
+    ("edit", "first"),
+    [
+        ({"rope_theta": 2.0}, "its rope parameters (theta 2) differ from the target's (theta 10000)"),
+        ({"quantspec": {"base": "0" * 64}}, "it was trained on other weights than this target's"),
+    ],
+    ids=["rope", "another target's head"],
+)
+def test_a_useless_head_inside_a_cascade_is_told_too(tmp_path: Path, edit: Edit, first: str) -> None:
+    """Where the intermediate stands in for it, the target's verdicts show nothing."""
+    (line,) = told_of_a_cascade(changed(tmp_path / "head", edit, True, "default/eagle-intermediate"))
+    assert line.startswith("drafter eagle inside the cascade is hardly ever right")
+    assert line.partition("likely causes: ")[2].startswith(first)
+
+
+def test_a_sound_head_inside_a_cascade_raises_nothing() -> None:
+    assert told_of_a_cascade("default/eagle-intermediate") == []
+
+
+def test_causes_that_cannot_be_found_out_raise_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "causes", lambda *_: 1 / 0)
+    line = watching.useless(Alarm(64, 0, 0), Subject(NoDrafter(), load_model("default/target"), None), [1, 2], [1])
+    assert "likely causes: not found out (ZeroDivisionError" in line
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3], ids=["greedy", "hard text"])
