@@ -8,7 +8,7 @@ from quantspec.benchmarks.generate_charts import label
 from quantspec.benchmarks.generate_rows import ALL, PARTS, Report, Row
 
 COLUMNS = (
-    "method", "tokens/s", "to plain", "acceptance length", "forwards", "step, ms: draft + verify + other", "peak MB",
+    "method", "tokens/s", "to plain", "acceptance length", "forwards", "step, ms", "peak MB",
     "equal to plain",
 )  # fmt: skip
 NO_FIGURE = "-"
@@ -44,8 +44,8 @@ def closing(report: Report) -> Iterator[str]:
         f"{report.prompts} prompts of up to {settings.get('max_new_tokens')} tokens, greedy, {settings.get('rounds')} "
         f"rounds, {settings.get('threads')} threads; each contender in a process of its own, one at work at a time, in "
         "a new order each turn. Of a prompt's rounds the median time counts, prefills included; in brackets 95% "
-        f"bootstraps over prompts and rounds. {loops} texts that loop are left out of all but the comparison. Forwards "
-        "and steps: without the prompts' own."
+        f"bootstraps over prompts and rounds. {loops} prompts whose text loops are left out of all but the comparison. "
+        "Forwards, and steps (draft + verify + other), are without the prompts' own."
     )
     if report.noise is not None:
         steadiness = f"spread of equal work {report.noise.spread:.1%}, {report.noise.limit:.0%} allowed"
@@ -70,7 +70,7 @@ def markdown(report: Report) -> str:
     parts = ["# Generation, side by side", *_place(known)]
     for task in report.tasks:
         rows = [cells(row) for row in report.rows if row.task == task]
-        parts.append(f"## {title(report, task)}\n\n{_table(COLUMNS, rows)}")
+        parts.append(f"## {title(report, task)}\n\n{markdown_table(COLUMNS, rows)}")
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in closing(report))]) + "\n"
 
 
@@ -80,7 +80,8 @@ def _place(known: object) -> list[str]:
     return [f"`{known['command']}`", f"{known.get('processor', '')}, {known.get('date', '')}"]
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column holds words and whose others hold figures."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 

@@ -19,8 +19,6 @@ from quantspec.benchmarks.peers.protocol import Answer, Ask
 from quantspec.errors import one_line
 
 _CLOSING_SECONDS = 5.0
-_OF_OURS = "GOMP_SPINCOUNT"
-"""Set by the command line for the sake of our own kernels; other engines run as they run elsewhere."""
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
@@ -58,8 +56,6 @@ class PeerProcess:
     def __init__(self, contender: Contender, threads: int) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _end
         environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads)), "TOKENIZERS_PARALLELISM": "false"}
-        if contender.kind == "peer":
-            environment.pop(_OF_OURS, None)
         self._process = subprocess.Popen(
             [sys.executable, "-m", contender.module],
             stdin=subprocess.PIPE,
