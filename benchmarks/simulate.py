@@ -1,5 +1,5 @@
-"""How fast any way to decode would be on any machine: costs of the one, acceptance of the other, and the best setting of
-each strategy at each batch.
+"""How fast any way to decode would be on any machine: costs of the one, acceptance of the other, and each strategy's
+best setting at each batch.
 
     quantspec bench simulate --machine a100 --machine h200 --batch 1,4,16
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantspec.benchmarks.simulate_config import SimulateBench
-from quantspec.benchmarks.simulate_machines import Machine, Pair, load_machine, load_pair, machines
+from quantspec.benchmarks.simulate_machines import Pair, load_machine, load_pair, machines
 from quantspec.benchmarks.simulate_rounds import Cascade, Direct, Verified
 from quantspec.benchmarks.simulate_stacks import Head, Model, Stack, elsewhere, packaged, profiled
 from quantspec.engine.costs import Profile
@@ -123,7 +123,8 @@ def parse_strategy(text: str) -> tuple[str, dict[str, int]]:
 
 
 _KEYS = (
-    "num_speculative_tokens", "tree_depth", "tree_nodes", "min_draft", "inner_min_draft", "inner_num_speculative_tokens",
+    "num_speculative_tokens", "tree_depth", "tree_nodes", "min_draft",
+    "inner_min_draft", "inner_num_speculative_tokens",
 )  # fmt: skip
 
 
@@ -136,13 +137,17 @@ def build(stack: Stack, method: str, options: Options, context: int) -> Verified
         drafting = _direct(models[0].head, options["num_speculative_tokens"], options.get("tree_depth"))
     else:
         at = levels - 1
-        inner = Verified(models[at].curve, _innermost(models[at], options), context, stack.overhead)
+        inner = _on(models[at], _innermost(models[at], options), context)
         for model in models[at - 1 : 0 : -1]:
             below = (options["inner_min_draft"], options["inner_num_speculative_tokens"])
-            inner = Verified(model.curve, Cascade(inner, model.agreement, *below), context, stack.overhead)
+            inner = _on(model, Cascade(inner, model.agreement, *below, model.besides), context)
         target, chain = models[0], options["num_speculative_tokens"]
-        drafting = Cascade(inner, target.agreement, options.get("min_draft", chain), chain, target.fixed)
-    return Verified(models[0].curve, drafting, context, stack.overhead)
+        drafting = Cascade(inner, target.agreement, options.get("min_draft", chain), chain, target.besides)
+    return _on(models[0], drafting, context)
+
+
+def _on(model: Model, drafting: Direct | Cascade, context: int) -> Verified:
+    return Verified(model.curve, drafting, context, model.overhead)
 
 
 def _levels(stack: Stack, method: str) -> int:
@@ -193,7 +198,7 @@ def settings(stack: Stack, method: str, context: int, batch: int, fixed: Options
 
 def _inside(stack: Stack, levels: int, context: int, batch: int, fixed: Options) -> dict[str, int]:
     """The best way to run the intermediate by itself, in the names it has inside a cascade."""
-    below = Stack(stack.machine, (), stack.models[1:], stack.overhead)
+    below = Stack(stack.machine, (), stack.models[1:])
     if levels == 3:
         names = {"inner_min_draft": "min_draft", "inner_num_speculative_tokens": "num_speculative_tokens"}
         kept = {names.get(key, key): n for key, n in fixed.items() if key in (*names, "tree_nodes", "tree_depth")}
@@ -225,6 +230,3 @@ def _row(machine: str, method: str, planned: Planned, batch: int, plain: float) 
     return Row(
         machine, method, dict(planned.options), batch, verified.tokens, rows, seconds, drafting, speed, speed / plain
     )
-
-
-__all__ = ["Machine", "Report", "Row", "best", "build", "run"]

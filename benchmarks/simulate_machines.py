@@ -2,11 +2,12 @@
 
 A forward of n rows at context c takes
 
-    layers * (layer_us + 4 * call_us + layer bytes / read * v(n)) + (call_us + head bytes / read * v(n)) + KV bytes(c) / read
+    layers * (layer_us + 4 * call_us + layer bytes / read * v(n)) + head bytes / read * v(n) + KV bytes(c) / read
 
 where a format's ``read`` is the rate at which its matrix products read weights at one row, ``call_us`` what each
 product costs besides, v(n) how that time grows with the rows, and ``layer_us`` the rest of a decoder layer under a
-captured graph. Four products a layer, as q/k/v and gate/up are fused. The LM head and keys and values have 16 bits.
+captured graph. Four products a layer, as q/k/v and gate/up are fused. The LM head and keys and values have 16 bits, and
+``round_us`` is the host's work in a round, at any level.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ class Machine(Record):
         return self._curve(shape, shape.layers, format, 0)
 
     def head(self, shape: ModelShape) -> CostCurve:
-        """Forwards of an EAGLE head for a model: one layer, the product that joins feature and embedding, and the
-        model's LM head, all in 16 bits."""
+        """Forwards of an EAGLE head for a model: one layer, the product that joins feature and
+        embedding, and the model's LM head, all in 16 bits."""
         return self._curve(shape, 1, "bf16", 2 * shape.hidden * shape.hidden)
 
     def _curve(self, shape: ModelShape, layers: int, format: str, more_weights: int) -> CostCurve:

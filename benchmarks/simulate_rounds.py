@@ -4,7 +4,7 @@ A verifier's round emits the accepted tokens of a draft and one of its own. What
 least d of its tokens are accepted (``reach``), and the sizes of its drafts. A cascade's drafts are rounds of its
 intermediate until enough tokens stand, so its own figures follow from those of the level below, and so on upwards. The
 mechanics are those of ``drafters.cascade``: surplus behind a cut draft is kept while the target goes the same way, and
-after full acceptance the intermediate lags two tokens, in which case a drafter that reads its features has none to read.
+after full acceptance the intermediate lags two tokens, so that a drafter that reads its features has none to read.
 
 Rounds of one level count as independent; a batch's sequences too.
 """
@@ -12,18 +12,18 @@ Rounds of one level count as independent; a batch's sequences too.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import mul
 from typing import Protocol
 
 import numpy as np
 
 from quantspec.drafters.tree import Tree, frontier, rerank
-from quantspec.engine.costs import CostCurve, Trace
+from quantspec.engine.costs import CostCurve, DraftCost, Trace
 from quantspec.types import Budget
 
 DraftTime = Callable[[int, int, int], float]
@@ -47,10 +47,11 @@ class Expected:
     def accepted(self) -> list[float]:
         """How likely exactly 0, 1, ... tokens are accepted."""
         reach = (1.0, *self.reach, 0.0)
-        return [here - further for here, further in zip(reach, reach[1:], strict=False)]
+        return [here - further for here, further in pairwise(reach)]
 
 
 NOTHING = Expected((), {(0, 0): 1.0})
+FREE = DraftCost()
 
 
 def agreed(agreement: Sequence[float], position: int) -> float:
@@ -73,7 +74,7 @@ def tree(ranks: Sequence[Sequence[float]], nodes: int, depth: int, top_k: int = 
         level_start = len(grown)
         for parent in parents:
             grown.expand(parent, range(len(log_probs)), log_probs)
-        kept = rerank(grown.log_scores, nodes, lambda k: 0.0)
+        kept = rerank(grown.log_scores, Budget(nodes, nodes))
         parents = frontier(grown, level_start, kept, top_k, ())
         if not parents:
             break
@@ -197,20 +198,20 @@ class _Walk:
 class Cascade:
     """Chains of at least ``min_draft`` tokens that ``inner`` stands for, at most ``most`` of which are handed over.
 
-    ``agreement`` is how likely the outer level accepts the token at each position, given those before; ``fixed`` the
-    seconds of a draft outside its rounds. Without a drafter inside it is a draft model.
+    ``agreement`` is how likely the outer level accepts the token at each position, given those before; ``besides`` what
+    a sequence's draft costs outside its rounds. Without a drafter inside it is a draft model.
     """
 
     inner: Verified
     agreement: Sequence[float]
     min_draft: int
     most: int
-    fixed: float = 0.0
+    besides: DraftCost = FREE
     reads_features: bool = False
 
     @cached_property
     def expected(self) -> Expected:
-        sizes, reach = Counter[tuple[int, int]](), [0.0] * self.most
+        sizes, reach = defaultdict[tuple[int, int], float](float), [0.0] * self.most
         for state, share in self._states.items():
             for length, likely in self._walks[state].lengths.items():
                 handed = min(length, self.most)
@@ -220,7 +221,7 @@ class Cascade:
         return Expected(tuple(p for p in reach if p > 0), dict(sizes))
 
     def seconds(self, batch: int) -> float:
-        spent = self.fixed * batch
+        spent = batch * sum(share * self.besides.at(0, nodes) for (_, nodes), share in self.expected.sizes.items())
         lagging = self._states.get(_LAG, 0.0)
         for number in range(max(len(walk.due) for walk in self._walks.values())):
             due = sum(
@@ -262,7 +263,7 @@ class Cascade:
         lengths, due = {max(state, 0): 1.0}, list[float]()
         while hungry := {length: p for length, p in lengths.items() if length < self.min_draft}:
             due.append(sum(hungry.values()))
-            after = Counter({length: p for length, p in lengths.items() if length not in hungry})
+            after = defaultdict(float, {length: p for length, p in lengths.items() if length not in hungry})
             for length, p in hungry.items():
                 for tokens, share in enumerate([1.0] if silent else accepted, 1):
                     if share > 0:
@@ -272,7 +273,7 @@ class Cascade:
 
     def _next(self, walk: _Walk) -> dict[int, float]:
         """The states after the outer level's verdict, with their probabilities."""
-        after = Counter[int]()
+        after = defaultdict[int, float](float)
         for length, p in walk.lengths.items():
             handed = min(length, self.most)
             full = p * self._all_accepted[handed]

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from quantspec.benchmarks.shapes import SHAPES
 from quantspec.benchmarks.simulate_machines import BYTES, Machine, Pair
-from quantspec.benchmarks.simulate_rounds import DraftTime, Expected, replay, tree
+from quantspec.benchmarks.simulate_rounds import FREE, DraftTime, Expected, replay, tree
 from quantspec.drafters.config import EagleOptions
 from quantspec.engine.config import HEAD_METHODS, TREE_METHODS
 from quantspec.engine.costs import Candidate, CostCurve, DraftCost, Profile, Trace
@@ -22,8 +22,8 @@ TREE_TOP_K = 10
 
 @dataclass(frozen=True)
 class Head:
-    """What drafts for a model directly. ``expected`` of so many nodes and levels, up to ``nodes`` and ``levels``;
-    ``tree``: the two are chosen apart. ``tile`` of the profile's or packaged options are ``levels`` alone elsewhere."""
+    """What drafts for a model directly. ``expected`` of so many nodes and levels, up to ``nodes`` and ``levels``, which
+    are the same where it is no ``tree``."""
 
     expected: Callable[[int, int], Expected]
     time: DraftTime
@@ -35,13 +35,14 @@ class Head:
 
 @dataclass(frozen=True)
 class Model:
-    """A level of a stack. ``agreement``: how often it accepts the tokens of the model below, by position; ``fixed``
-    the seconds of a draft of that one outside its rounds."""
+    """A level of a stack. ``agreement``: how often it accepts the tokens of the model below, by position; ``besides``:
+    what a draft of that one costs outside its rounds; ``overhead``: seconds of a round outside forwards and drafts."""
 
     curve: CostCurve
     head: Head | None
     agreement: Sequence[float] = ()
-    fixed: float = 0.0
+    besides: DraftCost = FREE
+    overhead: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class Stack:
     machine: str
     methods: tuple[str, ...]
     models: tuple[Model, ...]
-    overhead: float
     memory: str = ""
     """Why it could not run there; empty if it could."""
 
@@ -67,9 +67,10 @@ def packaged(machine: Machine, pair: Pair, target: str, format: str) -> Stack:
         shape, ranks = SHAPES[name], pair.heads[name]
         time = head_time(machine.head(shape), TREE_TOP_K)
         head = Head(partial(_tree, ranks), time, nodes=63, levels=8)
-        models.append(Model(machine.model(shape, format), head, pair.agreement.get(f"{name}/{below}", ())))
+        agreement = pair.agreement.get(f"{name}/{below}", ())
+        models.append(Model(machine.model(shape, format), head, agreement, overhead=machine.round_us * 1e-6))
     methods = ("none", "eagle", *("draft", "cascade")[: 2 * (len(models) > 1)], *("cascade3",)[: len(models) > 2])
-    return Stack(machine.name, methods, tuple(models), machine.round_us * 1e-6, _memory(machine, target, format))
+    return Stack(machine.name, methods, tuple(models), _memory(machine, target, format))
 
 
 @lru_cache(maxsize=4096)
@@ -100,7 +101,7 @@ def profiled(profile: Profile, name: str) -> list[Stack]:
     """One stack for each drafter that was measured, plain decoding with each."""
     measured = [each for each in profile.candidates if each.trace and each.trace.steps and not each.failure]
     stacks = [stack_of(profile, each, name) for each in measured]
-    return stacks or [Stack(name, ("none",), (Model(profile.target, None),), profile.overhead)]
+    return stacks or [Stack(name, ("none",), (Model(profile.target, None, overhead=profile.overhead),))]
 
 
 def stack_of(profile: Profile, candidate: Candidate, name: str) -> Stack:
@@ -109,7 +110,7 @@ def stack_of(profile: Profile, candidate: Candidate, name: str) -> Stack:
     methods = ("none", candidate.method)
     if candidate.inner is None:
         head = traced(candidate, candidate.trace, candidate.draft)
-        return Stack(name, methods, (Model(profile.target, head),), profile.overhead)
+        return Stack(name, methods, (Model(profile.target, head, overhead=profile.overhead),))
     inside = candidate.inner
     nodes, levels = candidate.options.get("tree_nodes", 0), candidate.options.get("tree_depth", 0)
     inner_head = None
@@ -117,8 +118,8 @@ def stack_of(profile: Profile, candidate: Candidate, name: str) -> Stack:
         expected = lru_cache(partial(replay, inside.trace))
         inner_head = Head(expected, _times(inside.draft), nodes, levels)
     agreement = candidate.trace.acceptance_by_position() or (0.0,)
-    target = Model(profile.target, None, agreement, candidate.draft.fixed)
-    return Stack(name, methods, (target, Model(inside.target, inner_head)), profile.overhead)
+    target = Model(profile.target, None, agreement, candidate.draft, profile.overhead)
+    return Stack(name, methods, (target, Model(inside.target, inner_head)))
 
 
 def traced(candidate: Candidate, trace: Trace, cost: DraftCost) -> Head:
@@ -157,9 +158,9 @@ def elsewhere(profile: Profile, machine: Machine, target: str, format: str) -> l
                 elif stack.methods[-1] == "peagle":
                     own = _one_forward(machine.head(shapes[0]))
                 head = replace(head, time=own)
-            models.append(replace(model, curve=curve, head=head, fixed=0.0))
-        memory = _memory(machine, target, format)
-        found.append(Stack(machine.name, stack.methods, tuple(models), machine.round_us * 1e-6, memory))
+            overhead = machine.round_us * 1e-6
+            models.append(replace(model, curve=curve, head=head, besides=FREE, overhead=overhead))
+        found.append(Stack(machine.name, stack.methods, tuple(models), _memory(machine, target, format)))
     return found
 
 

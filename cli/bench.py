@@ -13,12 +13,13 @@ from quantspec.benchmarks.config import BACKENDS as KERNEL_BACKENDS
 from quantspec.benchmarks.config import CUDA_BACKENDS, DecodeBench, DraftersBench, FuzzBench, KernelBench
 from quantspec.benchmarks.shapes import ModelShape, parse_shape
 from quantspec.cli.bench_generate import generate
-from quantspec.cli.bench_parts import NAMES, Listed, circumstances, json_option, try_folder
+from quantspec.cli.bench_parts import NAMES, Listed, check_places, circumstances, json_option, try_folder
+from quantspec.cli.bench_simulate import simulate
 from quantspec.cli.invocation import Invocation
 from quantspec.cli.options import assemble, options_from
 from quantspec.cli.render import note, table
 from quantspec.cli.signals import Stop
-from quantspec.errors import Interrupted, ModelError, Unavailable, UsageError, VerificationError
+from quantspec.errors import Interrupted, ModelError, VerificationError
 
 
 class Shape(click.ParamType[Any, Any]):
@@ -56,6 +57,7 @@ def bench() -> None:
 
 
 bench.add_command(generate)
+bench.add_command(simulate)
 
 
 @bench.command(short_help="The cost curve v(n) of one matrix product.")
@@ -84,7 +86,7 @@ def kernels(invocation: Invocation, as_json: bool, plot: Path | None, html: Path
     """Time one matrix product for every number of rows and every backend, alternated in one run, beside the bandwidth
     and the rate of multiply-adds that were measured in the same run."""
     config = assemble(KernelBench, options)
-    _check_places(plot, html)
+    check_places(plot, html)
     from quantspec.benchmarks.kernels import run
 
     report = {**run(config, note), **circumstances(invocation)}
@@ -197,21 +199,6 @@ def _write_drafters(report: Mapping[str, Any], out: Path) -> None:
         write_bytes(out / "drafters.png", drafters_page.png(report))
     else:
         note(reason)
-
-
-def _check_places(plot: Path | None, html: Path | None) -> None:
-    """Say now, not after minutes of measuring, that a picture cannot be written."""
-    for path in (plot, html):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise UsageError(f"cannot write {path}", hint="name a file in a folder that exists")
-        if path is not None:
-            try_folder(path.parent)
-    if plot is not None:
-        from quantspec.benchmarks.plot import why_not
-
-        reason = why_not()
-        if reason is not None:
-            raise Unavailable(reason, hint="pip install 'quantspec[plots]', or use --html, which needs nothing")
 
 
 def _write_pictures(report: Mapping[str, Any], plot: Path | None, html: Path | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from quantspec.cli.invocation import Invocation
-from quantspec.errors import ResourceError
+from quantspec.errors import ResourceError, Unavailable, UsageError
 from quantspec.kernels.machine import cpu_flags, processor
 
 
@@ -52,3 +52,18 @@ def try_folder(folder: Path) -> None:
         TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ResourceError(f"cannot write into {folder}: {error.strerror}", hint="choose another folder") from error
+
+
+def check_places(plot: Path | None, html: Path | None) -> None:
+    """Say now, not after minutes of measuring, that a picture cannot be written."""
+    for path in (plot, html):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise UsageError(f"cannot write {path}", hint="name a file in a folder that exists")
+        if path is not None:
+            try_folder(path.parent)
+    if plot is not None:
+        from quantspec.benchmarks.plot import why_not
+
+        reason = why_not()
+        if reason is not None:
+            raise Unavailable(reason, hint="pip install 'quantspec[plots]', or use --html, which needs nothing")
