@@ -126,7 +126,7 @@ def _engine_config(ctx: click.Context, options: dict[str, Any], speculative: str
         if given and (name in keys or name == "method"):
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} and --speculative-config both speak of {name}", hint="give one of them")
-    return config.with_speculative(keys)
+    return config.with_speculative(keys, note)
 
 
 def _read_json(text: str) -> dict[str, Any]:

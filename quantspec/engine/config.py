@@ -7,11 +7,13 @@ be carried over without translation.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, get_args
 
 from quantspec.drafters.config import CascadeOptions, EagleOptions, LookupOptions
+from quantspec.engine.vllm_keys import without_engine_keys
 from quantspec.errors import UsageError
 from quantspec.kernels.dispatch import BACKENDS, Activations
 from quantspec.numerics.scheme import KVCacheDtype
@@ -153,22 +155,25 @@ class EngineConfig:
         return DEFAULT_SPECULATIVE_TOKENS[self.method] if asked is None else asked
 
     @classmethod
-    def from_mapping(cls, options: Mapping[str, Any]) -> Self:
+    def from_mapping(cls, options: Mapping[str, Any], tell: Callable[[str], None] = warnings.warn) -> Self:
         """From ``load``'s options; ``speculative_config`` is a mapping in vLLM's spelling. An unknown key is a
-        ``UsageError`` that names the nearest known one."""
+        ``UsageError`` that names the nearest known one; ``tell`` gets a line for each that has no effect here."""
         own = {key: value for key, value in options.items() if key != "speculative_config"}
         refuse_unknown(own, (*_names(cls), "speculative_config"), "option")
         config = cls(**own)
         speculative = options.get("speculative_config")
-        return config if speculative is None else config.with_speculative(speculative)
+        return config if speculative is None else config.with_speculative(speculative, tell)
 
-    def with_speculative(self, speculative: Mapping[str, Any]) -> Self:
-        """This config with vLLM's ``speculative_config`` keys laid over it."""
+    def with_speculative(
+        self, speculative: Mapping[str, Any], tell: Callable[[str], None] = warnings.warn
+    ) -> Self:  # fmt: skip
+        """This config with vLLM's ``speculative_config`` keys laid over it; see ``from_mapping``."""
         if not isinstance(speculative, Mapping):
             raise UsageError(f"speculative_config must be a mapping of keys to values, not {speculative!r}")
-        own = dict(speculative)
+        own = without_engine_keys(speculative, tell)
         names = ("model", "parallel_drafting", *(name for name in _names(type(self)) if name in _SPECULATIVE))
         refuse_unknown(own, names, "speculative_config key")
+        own = {key: value for key, value in own.items() if value is not None}
         model = own.pop("model", None)
         method = own.pop("method", None) or _guess_method(model)
         if method not in VLLM_METHODS and method not in METHODS:

@@ -27,7 +27,8 @@ def load(model: str = "default", *, notice: Callable[[str], None] | None = None,
     ``speculative_config``. ``notice`` receives one line whenever something is not as asked for (default: a warning).
     Raises ``UsageError`` for a wrong option, ``ModelError`` for a model that is missing, damaged or does not match.
     """
-    return LLM(build(EngineConfig.from_mapping({"model": model, **options}), notice or _warn))
+    notice = notice or _warn
+    return LLM(build(EngineConfig.from_mapping({"model": model, **options}, notice), notice))
 
 
 class LLM:

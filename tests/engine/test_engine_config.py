@@ -74,3 +74,52 @@ def test_vllm_keys_are_understood(speculative: dict[str, Any], expected: dict[st
 def test_draft_width(method: str) -> None:
     assert EngineConfig(method=method, num_speculative_tokens=3).max_nodes == (0 if method == "none" else 3)
     assert (EngineConfig(method=method).max_nodes > 0) == (method != "none")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("draft_tensor_parallel_size", 2, "on one device"),
+        ("max_model_len", 4096, "--max-context"),
+        ("disable_by_batch_size", 8, "--method none"),
+        ("enforce_eager", True, "quantspec doctor"),
+        ("quantization", "gptq", "read from its files"),
+        ("rejection_sample_method", "standard", "the target's own tokens"),
+    ],
+)
+def test_vllm_keys_without_effect_are_taken_and_told(key: str, value: Any, reason: str) -> None:
+    told: list[str] = []
+    config = EngineConfig().with_speculative({"method": "ngram", key: value}, told.append)
+    assert config == EngineConfig(method="lookup")
+    assert len(told) == 1
+    assert f"key {key} has no effect" in told[0]
+    assert reason in told[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("revision", "main", "name its folder"),
+        ("quantization", "fp8", "quantspec quantize"),
+        ("speculative_token_tree", "[(0,), (0, 0)]", "tree_depth"),
+        ("rejection_sample_method", "synthetic", "the text is the target's"),
+        ("posterior_threshold", 0.1, "typical acceptance"),
+        ("num_speculative_tokens_per_batch_size", {"1": 5}, "quantspec tune"),
+    ],
+)
+def test_vllm_keys_that_would_change_what_is_asked_for_are_refused(key: str, value: Any, hint: str) -> None:
+    with pytest.raises(UsageError, match=f"key {key} .* is not supported") as caught:
+        EngineConfig().with_speculative({"method": "ngram", key: value})
+    assert hint in str(caught.value.hint)
+
+
+def test_vllm_nulls_are_keys_that_are_not_there() -> None:
+    keys = {"method": "ngram", "revision": None, "quantization": None, "prompt_lookup_max": None}
+    told: list[str] = []
+    assert EngineConfig().with_speculative(keys, told.append) == EngineConfig(method="lookup")
+    assert told == []
+
+
+def test_without_a_listener_a_key_without_effect_is_a_warning() -> None:
+    with pytest.warns(UserWarning, match="enforce_eager has no effect"):
+        EngineConfig.from_mapping({"speculative_config": {"method": "ngram", "enforce_eager": True}})
