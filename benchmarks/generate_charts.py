@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantspec.benchmarks.generate_rows import ALL, PARTS, PLAIN, Report, Row
@@ -104,11 +104,11 @@ def _bar(row: Row) -> Bar:
     return Bar(label(row.method), value, low, high, color)
 
 
-def steps(report: Report) -> tuple[Stack, ...]:
-    """Milliseconds of a step by part, of every method that knows its own."""
+def steps(report: Report, name: Callable[[str], str] = label) -> tuple[Stack, ...]:
+    """Milliseconds of a step by part, of every method that knows its own; ``name`` gives what people read for it."""
     rows = [(method, report.row(method)) for method in report.methods]
     return tuple(
-        Stack(label(method), tuple((part, row.step_ms.get(part, 0.0)) for part in PARTS))
+        Stack(name(method), tuple((part, row.step_ms.get(part, 0.0)) for part in PARTS))
         for method, row in rows
         if row is not None and row.step_ms
     )
@@ -117,13 +117,18 @@ def steps(report: Report) -> tuple[Stack, ...]:
 def acceptance(report: Report) -> Lines | None:
     """Share of target forwards that accepted a drafted token at a position, by method."""
     rows = [row for row in (report.row(method) for method in report.methods) if row is not None]
-    drawn = [row for row in rows if row.acceptance_by_position]
-    lines = [
-        Line(label(row.method), tuple((k + 1.0, share) for k, share in enumerate(row.acceptance_by_position)), color)
-        for row, color in zip(drawn, _colors(len(drawn)), strict=True)
-    ]
+    return acceptance_of({label(row.method): row for row in rows})
+
+
+def acceptance_of(rows: Mapping[str, Row]) -> Lines | None:
+    """Likewise of some rows by name; None where none has drafted."""
+    drawn = {name: row.acceptance_by_position for name, row in rows.items() if row.acceptance_by_position}
+    lines = tuple(
+        Line(name, tuple((k + 1.0, share) for k, share in enumerate(shares)), color)
+        for (name, shares), color in zip(drawn.items(), _colors(len(drawn)), strict=True)
+    )
     title = "Target forwards that accept the draft up to a position, share"
-    return Lines(title, "position in the draft", tuple(lines)) if lines else None
+    return Lines(title, "position in the draft", lines) if lines else None
 
 
 def curve(report: Report) -> Lines | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import log2
+from textwrap import fill
 from typing import Any
 
 from quantspec.benchmarks.generate_charts import PART_COLORS, Bars, Lines, Stack, acceptance, curve, speeds, steps
@@ -12,49 +14,45 @@ from quantspec.benchmarks.plot import why_not
 from quantspec.errors import Unavailable
 
 _INK, _SOFT, _GRID = "#1f2328", "#59636e", "#d8dee4"
-_COLUMNS = 3
+_COLUMNS, _LETTERS = 3, 24
 
 
-def png(report: Report, title: str = "") -> bytes:
+def png(report: Report) -> bytes:
     """The picture. Raises ``Unavailable`` without matplotlib."""
-    draw = [
-        *(lambda axis, panel=panel, end=end: _bars(axis, panel, end) for panel, end in _common_scale(speeds(report))),
-        *([lambda axis, rows=rows: _stacks(axis, rows)] if (rows := steps(report)) else []),
-        *(lambda axis, chart=chart: _lines(axis, chart) for chart in (acceptance(report), curve(report)) if chart),
-    ]
-    return picture(draw, title, most=max((len(panel.bars) for panel in speeds(report)), default=4))
+    lines = [chart for chart in (acceptance(report), curve(report)) if chart is not None]
+    stacks = {"Milliseconds of a step by part": rows} if (rows := steps(report)) else {}
+    return picture(speeds(report), stacks, lines)
 
 
-def picture(draw: Sequence[Any], title: str, most: int) -> bytes:
-    """One panel for each of ``draw``, which gets its axes; ``most`` bars lie in a panel."""
+def picture(panels: Sequence[Bars], stacks: Mapping[str, Sequence[Stack]], lines: Sequence[Lines]) -> bytes:
+    """One panel for each of these, stacks by their titles, bars over one scale. Raises as ``png``."""
     reason = why_not()
     if reason is not None:
         raise Unavailable(reason, hint="pip install 'quantspec[plots]', or read the HTML report")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(_COLUMNS, max(len(draw), 1))
-    rows = -(-len(draw) // columns)
-    figure = Figure(figsize=(5.0 * columns, max(3.0, 1.1 + 0.32 * most) * max(rows, 1)), layout="constrained")
-    axes = figure.subplots(max(rows, 1), columns, squeeze=False).flat
-    for axis, one in zip(axes, draw, strict=False):
-        one(axis)
+    count = len(panels) + len(stacks) + len(lines)
+    columns, most = min(_COLUMNS, count), max((len(panel.bars) for panel in panels), default=0)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(5.0 * columns, max(3.2, 1.1 + 0.32 * most) * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    end = max((panel.end for panel in panels), default=1.0)
+    for axis, panel in zip(axes, panels, strict=False):
+        _bars(axis, panel, end)
+    for axis, (title, stacked) in zip(axes[len(panels) :], stacks.items(), strict=False):
+        _stacks(axis, title, stacked)
+    for axis, chart in zip(axes[len(panels) + len(stacks) :], lines, strict=False):
+        _lines(axis, chart)
+    for number, axis in enumerate(axes):
         axis.tick_params(length=0, labelcolor=_SOFT)
         axis.set_axisbelow(True)
+        axis.set_visible(number < count)
         for spine in ("top", "right", "left"):
             axis.spines[spine].set_visible(False)
-    for axis in list(figure.axes)[len(draw) :]:
-        axis.set_visible(False)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=_INK)
     out = io.BytesIO()
     FigureCanvasAgg(figure).print_png(out)
     return out.getvalue()
-
-
-def _common_scale(panels: list[Bars]) -> list[tuple[Bars, float]]:
-    end = max((panel.end for panel in panels), default=1.0)
-    return [(panel, end) for panel in panels]
 
 
 def _bars(axis: Any, panel: Bars, end: float) -> None:
@@ -64,7 +62,7 @@ def _bars(axis: Any, panel: Bars, end: float) -> None:
     around += [[max(bar.high - value, 0.0) if bar.value else 0.0 for value, bar in zip(values, bars, strict=True)]]
     places = range(len(bars))
     axis.barh(places, values, xerr=around, color=[bar.color for bar in bars], ecolor=_INK, height=0.7)
-    axis.set_yticks(places, [bar.label for bar in bars])
+    axis.set_yticks(places, [fill(bar.label, _LETTERS) for bar in bars])
     for place, bar in zip(places, bars, strict=True):
         said = "no figure" if bar.value is None else f"{bar.value:.3g}"
         axis.text((bar.high if bar.value else 0.0) + 0.015 * end, place, said, va="center", fontsize=8, color=_SOFT)
@@ -72,15 +70,18 @@ def _bars(axis: Any, panel: Bars, end: float) -> None:
     axis.set_title(f"Tokens/s, {panel.title}", fontsize=10, loc="left")
 
 
-def _stacks(axis: Any, rows: Sequence[Stack]) -> None:
+def _stacks(axis: Any, title: str, rows: Sequence[Stack]) -> None:
     rows = rows[::-1]
     left = [0.0] * len(rows)
     for i, (part, _) in enumerate(rows[0].parts):
         values = [row.parts[i][1] for row in rows]
-        axis.barh([row.label for row in rows], values, left=left, color=PART_COLORS[part], height=0.7, label=part)
+        axis.barh(range(len(rows)), values, left=left, color=PART_COLORS[part], height=0.7, label=part)
         left = [start + value for start, value in zip(left, values, strict=True)]
-    axis.set_title("Milliseconds of a step by part", fontsize=10, loc="left")
-    axis.legend(frameon=False, fontsize=8, loc="best")
+    axis.set_yticks(range(len(rows)), [fill(row.label, _LETTERS) for row in rows])
+    for place, row in enumerate(rows):
+        axis.text(1.01 * row.total, place, f"{row.total:.3g}", va="center", fontsize=8, color=_SOFT)
+    axis.set_title(title, fontsize=10, loc="left")
+    _legend(axis, len(PART_COLORS))
 
 
 def _lines(axis: Any, chart: Lines) -> None:
@@ -93,7 +94,8 @@ def _lines(axis: Any, chart: Lines) -> None:
     if chart.log:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ticks = [2**k for k in range(int(log2(max(x for line in chart.lines for x, _ in line.points))) + 1)]
+        axis.set_xticks(ticks, list(map(str, ticks)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         axis.set_ylim(0, 1)
@@ -101,4 +103,10 @@ def _lines(axis: Any, chart: Lines) -> None:
     axis.grid(visible=True, which="major", color=_GRID, linewidth=0.7)
     axis.set_xlabel(chart.x_label, fontsize=9, color=_SOFT)
     axis.set_title(chart.title, fontsize=10, loc="left")
-    axis.legend(frameon=False, fontsize=8, loc="best", ncols=1 + (len(chart.lines) > 5))
+    _legend(axis, 2)
+
+
+def _legend(axis: Any, columns: int) -> None:
+    """Below the panel, where nothing is drawn."""
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
+    axis.legend(frameon=False, fontsize=8, ncols=columns, **below)

@@ -9,26 +9,29 @@ from html import escape
 from quantspec.benchmarks.generate_charts import PART_COLORS, Bars, Lines, Stack
 from quantspec.calibrate.page import GRAY, INK, LINE, svg
 
-_WIDTH, _ROW, _LABELS, _VALUES = 460, 22, 165, 52
+_WIDTH, _ROW, _VALUES = 460, 22, 52
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 260, 40, 12, 12, 38
+_LETTER = 6.0
+"""Width of one at the labels' size, about."""
 
 
 def bars(panel: Bars, end: float) -> str:
     """A bar a line with its interval; ``end`` is the value at the right edge, common to panels that are compared."""
-    scale = (_WIDTH - _LABELS - _VALUES) / (end or 1.0)
+    left = _label_width(bar.label for bar in panel.bars)
+    scale = (_WIDTH - left - _VALUES) / (end or 1.0)
     parts = []
     for i, bar in enumerate(panel.bars):
         y = i * _ROW
-        parts.append(_text(_LABELS - 8, y + 15, bar.label, "end"))
+        parts.append(_label(left, y, bar.label))
         if bar.value is None:
-            parts.append(_text(_LABELS, y + 15, "no figure"))
+            parts.append(_text(left, y + 15, "no figure"))
             continue
         tip = f"<title>{escape(bar.label)}: {bar.value:.4g} ({bar.low:.4g} to {bar.high:.4g})</title>"
-        box = f'x="{_LABELS}" y="{y + 3}" width="{scale * bar.value:.1f}" height="16" fill="{bar.color}"'
-        right = _LABELS + scale * bar.high
+        box = f'x="{left}" y="{y + 3}" width="{scale * bar.value:.1f}" height="16" fill="{bar.color}"'
+        right = left + scale * bar.high
         parts += [
             f"<rect {box}>{tip}</rect>",
-            f'<path stroke="{INK}" d="M{_LABELS + scale * bar.low:.1f} {y + 11}H{right:.1f}"/>',
+            f'<path stroke="{INK}" d="M{left + scale * bar.low:.1f} {y + 11}H{right:.1f}"/>',
             _text(right + 6, y + 15, f"{bar.value:.3g}"),
         ]
     return svg(_WIDTH, _ROW * len(panel.bars) + 4, panel.title, parts)
@@ -36,11 +39,12 @@ def bars(panel: Bars, end: float) -> str:
 
 def stacks(label: str, rows: Sequence[Stack]) -> str:
     """A stacked bar a line, with a legend above them."""
-    scale = (_WIDTH - _LABELS - _VALUES) / (max(row.total for row in rows) or 1.0)
+    left = _label_width(row.label for row in rows)
+    scale = (_WIDTH - left - _VALUES) / (max(row.total for row in rows) or 1.0)
     parts = list(_legend((name, color) for name, color in PART_COLORS.items()))
     for i, row in enumerate(rows, 1):
-        x, y = float(_LABELS), i * _ROW
-        parts.append(_text(_LABELS - 8, y + 15, row.label, "end"))
+        x, y = float(left), i * _ROW
+        parts.append(_label(left, y, row.label))
         for name, value in row.parts:
             tip = f"<title>{escape(row.label)}, {name}: {value:.3g} ms</title>"
             box = f'x="{x:.1f}" y="{y + 3}" width="{scale * value:.1f}" height="16" fill="{PART_COLORS[name]}"'
@@ -48,6 +52,17 @@ def stacks(label: str, rows: Sequence[Stack]) -> str:
             x += scale * value
         parts.append(_text(x + 6, y + 15, f"{row.total:.3g}"))
     return svg(_WIDTH, _ROW * (len(rows) + 1) + 4, label, parts)
+
+
+def _label_width(labels: Iterable[str]) -> int:
+    """Room for the longest, up to a half of the picture."""
+    return min(_WIDTH // 2, max(90, 12 + round(_LETTER * max(map(len, labels), default=0))))
+
+
+def _label(right: int, y: float, text: str) -> str:
+    """At the left of a bar, cut where it is too long."""
+    most = int((right - 12) / _LETTER)
+    return _text(right - 8, y + 15, text if len(text) <= most else f"{text[: most - 1]}…", "end")
 
 
 def lines(chart: Lines) -> str:
