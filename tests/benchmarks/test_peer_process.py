@@ -47,7 +47,7 @@ def test_an_error_leaves_the_process_alive(start: Start) -> None:
     process = start("raise")
     process.load(LIMIT)
     process.ask(ASK, LIMIT)
-    with pytest.raises(PeerError, match="^ValueError: no luck$") as caught:
+    with pytest.raises(PeerError, match=r"^ValueError: no luck$") as caught:
         process.ask(ASK, LIMIT)
     assert not caught.value.fatal
     assert process.ask(ASK, LIMIT).tokens
@@ -57,7 +57,7 @@ def test_a_crash_says_its_last_words(start: Start) -> None:
     process = start("crash")
     process.load(LIMIT)
     process.ask(ASK, LIMIT)
-    with pytest.raises(PeerError, match="^crashed with SIGSEGV: last words$") as caught:
+    with pytest.raises(PeerError, match=r"^crashed with SIGSEGV: last words$") as caught:
         process.ask(ASK, LIMIT)
     assert caught.value.fatal
 
@@ -65,7 +65,7 @@ def test_a_crash_says_its_last_words(start: Start) -> None:
 def test_who_hangs_is_ended(start: Start) -> None:
     process = start("hang")
     process.load(LIMIT)
-    with pytest.raises(PeerError, match="^gave no answer within 0 s$") as caught:
+    with pytest.raises(PeerError, match=r"^gave no answer within 0 s$") as caught:
         process.ask(ASK, 0.2)
     assert caught.value.fatal
     assert process._process.poll() is not None
@@ -78,7 +78,7 @@ def test_nonsense_is_seen(start: Any) -> None:
         process.ask(ASK, LIMIT)
     with pytest.raises(PeerError, match="RuntimeError: no weights"):
         start("unloadable").load(LIMIT)
-    with pytest.raises(PeerError, match="exit code 1: .*No module named"):
+    with pytest.raises(PeerError, match=r"exit code 1: .*No module named"):
         start("none", module="no_such_module").load(LIMIT)
     with pytest.raises(PeerError, match="another protocol"):
         start("none", module="this").load(LIMIT)  # which prints a poem
