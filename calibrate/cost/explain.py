@@ -27,13 +27,13 @@ from quantspec.calibrate.page import (
 )
 from quantspec.engine.costs import PLAIN, Candidate, CostCurve, Measured, Profile, Setting
 
-COLUMNS = ("drafter", "setting", "planned, tokens/s", "measured, tokens/s", "planned is off by", "to plain", "")
+COLUMNS = ("drafter", "setting", "planned, tokens/s", "measured, tokens/s", "off by", "to plain", "")
 _SHORT = {
-    "num_speculative_tokens": "tokens",
-    "min_draft": "min_draft",
-    "tree_nodes": "tree_nodes",
+    "num_speculative_tokens": "n",
+    "min_draft": "min",
+    "tree_nodes": "inner",
     "tree_depth": "depth",
-    "tree_top_k": "top_k",
+    "tree_top_k": "k",
 }
 _COLORS = (BLUE, "#1baf7a", "#eb6834", "#8a5cd0", "#b98900")
 
@@ -86,7 +86,7 @@ def _row(each: Measured, plain: float, chosen: Setting, several: Mapping[str, in
     speed, planned = each.tokens_per_second, each.predicted_tokens_per_second
     return Row(
         drafter=_name(each.setting, several),
-        setting=", ".join(f"{_SHORT.get(name, name)} {value}" for name, value in each.setting.options.items()),
+        setting=" ".join(f"{_SHORT.get(name, name)}={value}" for name, value in each.setting.options.items()),
         predicted=planned,
         measured=speed,
         low=each.low,

@@ -41,6 +41,9 @@ def png(profile: Profile) -> bytes:
         curves.plot(widths, [profile.target.relative(width, context) for width in widths], label=f"{context} tokens")
     curves.set_xscale("log", base=2)
     curves.set_yscale("log", base=2)
+    for axis in (curves.xaxis, curves.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    curves.set_xlabel("rows n")
     curves.set_title("v(n) by context", fontsize=11, loc="left")
     curves.legend(frameon=False)
     for axis in (bars, curves):
