@@ -139,6 +139,7 @@ class _Reader:
         self._store, self._config, self._backend, self._itemsize = store, config, backend, itemsize
         self._head_bits = head_bits
         self._held = self._peak = 0
+        self._eager = backend.name not in (*dispatch.NATIVE, *dispatch.PROVEN)  # plain torch, dense layers transposed
 
     def price(self) -> Price:
         config, hidden = self._config, self._config.hidden_size
@@ -151,8 +152,8 @@ class _Reader:
             self._linear((self._fused(names.gate_up), self._fused(names.down)))  # read before either is packed
         if not config.tied:
             self._vocabulary(self._weight(((HEAD_MODULE, config.vocab_size),), hidden))
-        elif self._backend.name in dispatch.PROVEN and (self._head_bits != 16 or embedding.scheme):
-            self._vocabulary(embedding)  # packed beside the dense one that tokens are looked up in
+        elif self._eager or (self._backend.name in dispatch.PROVEN and (self._head_bits != 16 or embedding.scheme)):
+            self._vocabulary(embedding)  # packed, or transposed, beside the dense one that tokens are looked up in
         return Price(self._held, self._peak)
 
     def _weight(self, parts: tuple[tuple[str, int], ...], k: int) -> _Weight:
@@ -180,8 +181,8 @@ class _Reader:
             scheme = HEAD_SCHEMES.get(self._head_bits)
         elif weight.scheme is None and self._backend.activations == "int8" and quantized:
             scheme = HEAD_SCHEME
-        if gpu and looked_up:
-            self._add(weight.n * weight.k * self._itemsize, 0)
+        if looked_up and (gpu or self._eager):
+            self._add(weight.n * weight.k * self._itemsize, 0 if gpu else weight.read)
         elif scheme is None:
             self._linear((weight,))
         else:
@@ -195,8 +196,10 @@ class _Reader:
         for weight in weights:
             self._most(0 if gpu else before + weight.joined)
             before += weight.read
-        # A GPU gets codes one to a byte, and arranges them there.
+        # A GPU gets codes one to a byte, and arranges them there; plain torch transposes what it has made dense.
         passing = max(2 * each.read if each.scheme else 0 for each in weights) if gpu else before
+        if self._eager:
+            passing += max(map(self._kept, weights))
         self._add(sum(map(self._kept, weights)), passing)
 
     def _kept(self, weight: _Weight) -> int:

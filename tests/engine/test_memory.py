@@ -32,7 +32,7 @@ def held(model: Any) -> int:
     assert isinstance(model, Decoder)
     layers = (getattr(layer, name) for layer in model.layers for name in ("qkv", "o", "gate_up", "down"))
     weights = {id(each): each.nbytes for each in (model.embedding, *(each.weight for each in layers))}
-    return sum(weights.values()) + (0 if model.config.tied else model._head.weight.nbytes)
+    return sum(weights.values()) + model._head.weight.nbytes  # transposed, also where it is the embedding
 
 
 def planned(**options: Any) -> memory.Load:
