@@ -25,6 +25,7 @@ from quantspec.drafters.head_keys import (
     OTHER_KEYS,
     architectures,
     read_flag,
+    read_own,
     read_size,
     refuse_unknown_keys,
 )
@@ -44,7 +45,12 @@ _ARCHITECTURES = (
     "LlamaForCausalLMEagle3Deep",
 )
 _IDS = "eagle_aux_hidden_state_layer_ids"
-_OWN_KEYS = {"tau", "base"}
+_MISSING = {
+    "mask_hidden": "a P-EAGLE head brings what stands for streams not seen yet; if it is a plain EAGLE-3 head, take the "
+    "mask token and parallel_drafting out of its config.json",
+}
+"""Tensor to the hint where it is not there."""
+_OWN_KEYS = {"tau", "base", "label"}
 _FLAT_KEYS = {"draft_vocab_size", "target_hidden_size", "eagle_config", _IDS, "quantspec", *FLAGS}
 _SPECULATORS_KEYS = {
     "speculators_model_type", "speculators_version", "speculators_config", "transformer_layer_config",
@@ -98,7 +104,7 @@ def read_head_tensors(
             )
     for name, shape in shapes.items():
         if name not in names:
-            raise ModelError(f"{folder} has no tensor {name}", hint="is it a whole EAGLE-3 head?")
+            raise ModelError(f"{folder} has no tensor {name}", hint=_MISSING.get(name, "is it a whole EAGLE-3 head?"))
         found = store.shape(names[name])
         if found != shape:
             raise ModelError(f"{folder}: tensor {names[name]} is {list(found)}, but config.json asks for {list(shape)}")
@@ -122,7 +128,10 @@ def draft_ids(folder: Path, size: int, vocab: int, maps: Mapping[str, Tensor]) -
         raise ModelError(f"{folder} drafts from {size} of {vocab} tokens but has no tensor d2t that says which")
     offsets = maps["d2t"]
     if tuple(offsets.shape) != (size,) or offsets.is_floating_point():
-        raise ModelError(f"{folder}: d2t must be {size} whole numbers, not {list(offsets.shape)} of {offsets.dtype}")
+        raise ModelError(
+            f"{folder}: d2t must be {size} whole numbers, not {list(offsets.shape)} of {offsets.dtype}",
+            hint=f"store it as int64, one offset a draft token; draft_vocab_size says that there are {size}",
+        )
     ids = offsets.long() + torch.arange(size)
     if bool((ids < 0).any() or (ids >= vocab).any()) or len(ids.unique()) < size:
         raise ModelError(
@@ -132,7 +141,10 @@ def draft_ids(folder: Path, size: int, vocab: int, maps: Mapping[str, Tensor]) -
     if "t2d" in maps:
         expected = torch.zeros(vocab, dtype=torch.bool).index_fill_(0, ids, True)
         if tuple(maps["t2d"].shape) != (vocab,) or not maps["t2d"].bool().equal(expected):
-            raise ModelError(f"{folder}: t2d and d2t name different tokens")
+            raise ModelError(
+                f"{folder}: t2d and d2t name different tokens",
+                hint=f"t2d holds {vocab} flags, true for each i + d2t[i]; if d2t is right, leave t2d out",
+            )
     return ids
 
 
@@ -157,9 +169,7 @@ def parse_head(raw: Mapping[str, Any], source: str, more_keys: Collection[str] =
     model = ModelConfig.of({**layer, "model_type": "llama"}, source)
     if model.o_bias or model.mlp_bias or any(model.windows):
         raise ModelError(f"{source} asks for biases or a window that no EAGLE-3 head here has")
-    own = raw.get("quantspec", {})
-    if not isinstance(own, dict) or own.keys() - _OWN_KEYS:
-        raise ModelError(f"{source}: the section quantspec may only have {', '.join(sorted(_OWN_KEYS))}")
+    own = read_own(raw, _OWN_KEYS, source)
     return Eagle3Config(
         model=model,
         layer={key: value for key, value in layer.items() if key in LAYER_KEYS - OTHER_KEYS},

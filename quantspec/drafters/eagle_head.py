@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantspec.drafters.eagle3_files import draft_ids
-from quantspec.drafters.head_keys import LAYER_KEYS, refuse_unknown_keys
+from quantspec.drafters.head_keys import LAYER_KEYS, read_own, refuse_unknown_keys
 from quantspec.drafters.head_layer import HeadLayer, Weights, fuse_layer, layer_shapes, new_kv
 from quantspec.drafters.head_tensors import HeadStore, HeadTensors, Matrix, stored
 from quantspec.drafters.tau import read_taus, tau_at
@@ -35,7 +35,7 @@ TURN = "turn.weight"
 LM_HEAD, DRAFT_IDS = "lm_head.weight", "draft_ids"
 """Of heads that bring an LM head of their own: their target's, quantized, or with some of its rows alone (FR-Spec,
 arXiv 2502.14856). The ids stand in files as ``d2t`` (see ``eagle3_files``)."""
-_OWN_KEYS = {"tau", "base", "rotation"}  # "base" is for people: what the head was trained on
+_OWN_KEYS = {"tau", "base", "label", "rotation"}  # "base" is for people: what the head was trained on; so is "label"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +59,12 @@ class HeadConfig:
             raise ModelError(f"{source} describes an EAGLE-3 head", hint="it has a loader of its own: method eagle3")
         refuse_unknown_keys(raw, LAYER_KEYS | {"bias", "quantspec", "draft_vocab_size"}, source)
         model = ModelConfig.of({"model_type": "llama", **raw}, source)
-        own = raw.get("quantspec", {})
         if model.num_layers != 1 or model.qk_norm or model.o_bias or model.mlp_bias or any(model.windows):
             raise ModelError(
                 f"{source} does not describe an EAGLE-1 or EAGLE-2 head (one plain Llama layer)",
                 hint="EAGLE-3 heads of more layers are known by their architecture, LlamaForCausalLMEagle3",
             )
-        if not isinstance(own, dict) or own.keys() - _OWN_KEYS:
-            raise ModelError(f"{source}: the section quantspec may only have {', '.join(sorted(_OWN_KEYS))}")
+        own = read_own(raw, _OWN_KEYS, source)
         size = raw.get("draft_vocab_size")
         if size is not None and (type(size) is not int or not 0 < size <= model.vocab_size):
             raise ModelError(f"{source}: draft_vocab_size must be from 1 to {model.vocab_size}, not {size!r}")

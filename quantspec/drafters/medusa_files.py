@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantspec.drafters.head_keys import architectures, read_flag, read_size, refuse_unknown_keys
+from quantspec.drafters.head_keys import architectures, read_flag, read_own, read_size, refuse_unknown_keys
 from quantspec.drafters.head_tensors import HeadStore, HeadTensors
 from quantspec.drafters.tau import read_taus
 from quantspec.errors import ModelError
@@ -33,7 +33,7 @@ _KEYS = {
     "vocab_size", "truncated_vocab_size", "medusa_fc_bias", "original_lm_head", "logit_scale", "max_paths", "topk",
     "max_seq_len", "quantspec", "quantization_config",
 }  # fmt: skip
-_OWN_KEYS = {"tau", "base"}
+_OWN_KEYS = {"tau", "base", "label"}
 _BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
 _LM_HEAD = re.compile(r"(\d+)\.(\d+)\.weight")
 
@@ -113,9 +113,7 @@ def _read(folder: Path) -> tuple[MedusaConfig, HeadStore, dict[str, str]]:
         raise ModelError(f"{source} does not describe Medusa heads")
     if raw.get("logit_scale", 1.0) not in (None, 1.0):
         raise ModelError(f"{source}: logit_scale {raw['logit_scale']!r} is not known here")
-    own = raw.get("quantspec", {})
-    if not isinstance(own, dict) or own.keys() - _OWN_KEYS:
-        raise ModelError(f"{source}: the section quantspec may only have {', '.join(sorted(_OWN_KEYS))}")
+    own = read_own(raw, _OWN_KEYS, source)
     heads, layers = (_count(raw, keys, source) for keys in _COUNTS.values())
     store = HeadStore(folder, [folder / _WEIGHTS] if (folder / _WEIGHTS).is_file() else None)
     names = canonical_names(store, layers)
@@ -173,10 +171,16 @@ def _draft_ids(folder: Path, config: MedusaConfig, token_map: Tensor | None) -> 
             raise ModelError(f"{folder} drafts from {size} of {vocab} tokens but has no token_map that says which")
         return None
     if tuple(token_map.shape) != (size,) or token_map.is_floating_point() or token_map.dtype == torch.bool:
-        raise ModelError(f"{folder}: token_map must be {size} token ids, not {list(token_map.shape)}")
+        raise ModelError(
+            f"{folder}: token_map must be {size} token ids, not {list(token_map.shape)} of {token_map.dtype}",
+            hint="store it as int64, the target's id of each draft token; truncated_vocab_size counts them",
+        )
     ids = token_map.long()
     if bool((ids < 0).any() or (ids >= vocab).any()) or len(ids.unique()) < size:
-        raise ModelError(f"{folder}: token_map names tokens outside the target's {vocab}, or one twice")
+        raise ModelError(
+            f"{folder}: token_map names tokens outside the target's {vocab}, or one twice",
+            hint="it holds target ids, not offsets as d2t does; was it made with this target's tokenizer?",
+        )
     return ids
 
 
