@@ -311,9 +311,8 @@ class Budget:
     def floors(self) -> list[float]:
         """For each row the least price from it on: a node that does not exceed it is not worth keeping, whatever else
         is grown."""
-        least = math.inf
-        floors = [least := min(least, self.price(k)) for k in range(self.max_nodes, 0, -1)]
-        return floors[::-1]
+        beyond = [self.min_score] * (self.max_nodes - len(self.prices))
+        return [*accumulate(reversed([*self.prices[: self.max_nodes], *beyond]), min)][::-1]
 
 
 @dataclass(frozen=True, slots=True)

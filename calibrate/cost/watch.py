@@ -45,8 +45,8 @@ class _Request(Request):
     asked: Budget
     verdict: Verdict
 
-    def budget(self) -> Budget:
-        self.asked = super().budget()
+    def budget(self, batch: int = 1) -> Budget:
+        self.asked = super().budget(batch)
         if self.budgets is not None and self.asked.max_nodes:
             self.asked = next(self.budgets)
         return self.asked

@@ -52,10 +52,13 @@ class _Level:
     drafted: list[_Drafted] = field(default_factory=list)
     stopped: bool = False
 
-    def hungry(self, goal: int, price: float) -> bool:
-        """Whether another round, at this price, is due on the way to ``goal`` tokens."""
-        if len(self.drafted) >= goal or self.stopped or self.session.finish is not None:
+    def hungry(self, goal: int, budget: Budget) -> bool:
+        """Whether another round is due on the way to ``goal`` tokens: it is likely enough to pay for itself and the
+        row of a token."""
+        have = len(self.drafted)
+        if have >= goal or self.stopped or self.session.finish is not None:
             return False
+        price = budget.level_price + (budget.floors()[have] if budget.prices else 0.0)
         return not price or math.prod(token.probability for token in self.drafted) > price
 
 
@@ -119,12 +122,8 @@ class Cascade:
             self._sync(state, view) if goal > 0 else None
             for state, view, goal in zip(states, views, goals, strict=True)
         ]
-        due = [
-            (level, goal, budget.level_price)
-            for level, goal, budget in zip(levels, goals, budgets, strict=True)
-            if level
-        ]
-        while hungry := [level for level, goal, price in due if level.hungry(goal, price)]:
+        due = [each for each in zip(levels, goals, budgets, strict=True) if each[0]]
+        while hungry := [level for level, goal, budget in due if level and level.hungry(goal, budget)]:
             self._round(hungry, ratio=views[0].stream is None)
         return [
             _draft(level, view, budget, self.verifier.stage) if level else EMPTY_DRAFT

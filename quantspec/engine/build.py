@@ -23,10 +23,12 @@ from quantspec.drafters.medusa import Medusa
 from quantspec.drafters.medusa_files import is_medusa
 from quantspec.drafters.peagle import PEagle
 from quantspec.drafters.peagle_files import is_peagle
-from quantspec.engine import memory
+from quantspec.engine import auto, memory
 from quantspec.engine.causes import Subject
 from quantspec.engine.config import HEAD_METHODS, EngineConfig
+from quantspec.engine.costs import Profile
 from quantspec.engine.engine import Engine, is_out_of_memory
+from quantspec.engine.planner import outlook
 from quantspec.engine.stats import TimedVerifier
 from quantspec.engine.watch import InnerWatch
 from quantspec.errors import ModelError, ResourceError, UsageError
@@ -75,26 +77,31 @@ def build(config: EngineConfig, notice: Callable[[str], None]) -> Engine:
     library.announce(notice)
     if config.device != "cpu":
         cuda_library.announce(notice)
-    config, folder = _resolved(config, notice)
+    asked = config
+    config, folder, profile = _resolved(config, notice)
     config = memory.fit(config, folder, notice)
     if config.threads:
         torch.set_num_threads(config.threads)
-    return equip(config, _target(config, folder, notice), Tokenizer(folder), notice)
+    model = _target(config, folder, notice)
+    if profile and not auto.holds(profile, model, config, notice):
+        config, _, profile = _resolved(replace(asked, method=None, profile=None), notice)
+    return equip(config, model, Tokenizer(folder), notice, profile=profile)
 
 
 def price(config: EngineConfig, notice: Callable[[str], None]) -> memory.Load:
     """What ``build`` would load, priced; nothing is loaded. Raises as ``build`` does for what headers and configs
     tell."""
-    return memory.price(*_resolved(config, notice))
+    return memory.price(*_resolved(config, notice)[:2])
 
 
-def _resolved(config: EngineConfig, notice: Callable[[str], None]) -> tuple[EngineConfig, Path]:
-    """The configuration with its method and parts named, and the target's folder."""
+def _resolved(config: EngineConfig, notice: Callable[[str], None]) -> tuple[EngineConfig, Path, Profile | None]:
+    """The configuration with its method and parts named, the target's folder, and the profile that chose them."""
     folder = resolve(DEFAULT_TARGET if config.model == "default" else config.model)
+    config, profile = auto.settle(config, folder, notice)
     asked, config = config.method, with_parts(config, notice)
     if asked is None and config.method == "eagle" and config.head and is_medusa(read_config(resolve(config.head))):
         config = replace(config, method="medusa")
-    return config, folder
+    return config, folder, profile
 
 
 def equip(
@@ -103,9 +110,11 @@ def equip(
     tokenizer: Tokenizer,
     notice: Callable[[str], None],
     draft: CausalModel | None = None,
+    profile: Profile | None = None,
 ) -> Engine:
     """An engine around a target that is loaded. ``config`` has its method resolved and its parts named; ``draft`` is
-    its draft model, where that is loaded too. Raises as ``build`` for the parts."""
+    its draft model, where that is loaded too; by the ``profile`` that chose its method drafts get their widths. Raises
+    as ``build`` for the parts."""
     try:
         draft = draft or (load_draft_model(config, notice) if config.draft_model else None)
         drafter, head_bytes = _drafter(config, model, draft, notice)
@@ -128,6 +137,7 @@ def equip(
         weight_bytes=sum(each.weight_bytes for each in models) + head_bytes,
         tell=notice,
         torch_threads=_torch_threads(models, config.threads),
+        outlook=outlook(profile, steady=config.device != "cpu") if profile and config.method != "none" else None,
     )
 
 

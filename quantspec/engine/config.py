@@ -18,9 +18,10 @@ from quantspec.errors import UsageError
 from quantspec.kernels.dispatch import BACKENDS, Activations
 from quantspec.numerics.scheme import KVCacheDtype
 
-METHODS = ("none", "lookup", "draft", "eagle", "eagle3", "peagle", "medusa", "cascade")
+METHODS = ("none", "lookup", "draft", "eagle", "eagle3", "peagle", "medusa", "cascade", "auto")
 """What proposes: nothing, prompt lookup, a small model, an EAGLE head (``eagle`` takes any, ``eagle3`` an EAGLE-3 head
-alone, ``peagle`` a P-EAGLE head alone), Medusa heads, or a head filtered by a small model."""
+alone, ``peagle`` a P-EAGLE head alone), Medusa heads, or a head filtered by a small model; ``auto``: what ``profile``
+says is fastest, as wide as pays at each step."""
 
 TREE_METHODS = ("eagle", "eagle3", "medusa")
 """Methods whose head grows trees below the target itself."""
@@ -66,7 +67,8 @@ class EngineConfig:
     """One target and what speculates for it.
 
     ``model``, ``draft_model`` (the drafter of ``draft``, the intermediate of ``cascade``) and ``head`` (EAGLE, Medusa)
-    are names that ``models.resolve`` understands. ``method`` None takes the best one that the named parts allow.
+    are names that ``models.resolve`` understands. ``method`` None takes the best one that the named parts allow, or
+    that ``profile``, a file that ``quantspec tune`` wrote, says is fastest.
     ``num_speculative_tokens`` bounds the draft tokens in one target forward (None: the method's default), ``min_draft``
     is the length at which a cascade asks its target. ``tree_*`` shape the EAGLE tree: depth in levels, children per
     node, and (for a cascade, where the tree meets the intermediate) nodes. ``max_context`` bounds prompt and output
@@ -83,6 +85,7 @@ class EngineConfig:
     method: str | None = None
     draft_model: str | None = None
     head: str | None = None
+    profile: str | None = None
     num_speculative_tokens: int | None = None
     min_draft: int = _CASCADE.min_draft
     tree_nodes: int = 8

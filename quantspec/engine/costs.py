@@ -9,7 +9,7 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -118,6 +118,10 @@ class DraftCost(Record):
     def at(self, levels: int, nodes: int) -> float:
         """Seconds of one draft, what was grown and not kept included; none is free."""
         return self.fixed + levels * self.per_level + nodes * self.per_node if levels or nodes else 0.0
+
+    def times(self, factor: float) -> DraftCost:
+        """The same drafts, slower by a factor."""
+        return DraftCost(*(factor * seconds for seconds in astuple(self)))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import torch
 from quantspec.core.drafter import Drafter, NoDrafter
 from quantspec.engine.alarm import Alarm
 from quantspec.engine.config import TREE_METHODS, EngineConfig
+from quantspec.engine.controller import Lessons
+from quantspec.engine.planner import Outlook
 from quantspec.engine.stats import TimedVerifier
 from quantspec.errors import ResourceError
 from quantspec.types import Budget
@@ -57,7 +59,8 @@ class Engine:
     """A target, its drafter, and what a draft may cost. ``config`` has its method resolved; ``tell`` shows one line.
 
     ``torch_threads`` bounds torch during a step: native kernels have threads of their own, and would fight with
-    torch's for the cores. None: as many as torch has.
+    torch's for the cores. None: as many as torch has. ``outlook`` is what a profile says of the drafter, if one chose
+    it: then each step drafts as much as pays.
     """
 
     config: EngineConfig
@@ -69,6 +72,8 @@ class Engine:
     weight_bytes: int
     tell: Callable[[str], None]
     torch_threads: int | None = None
+    outlook: Outlook | None = None
+    lessons: Lessons = field(init=False, default_factory=Lessons)
     budget: Budget = field(init=False)
     alarm: Alarm = field(init=False, default_factory=Alarm)
     judged: bool = field(init=False, default=False)

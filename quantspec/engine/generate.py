@@ -65,7 +65,7 @@ def _step(engine: Engine, running: Sequence[Request]) -> list[Verdict]:
                 [request.state for request in running],
                 engine.drafter,
                 engine.verifier,
-                [request.budget() for request in running],
+                [request.budget(len(running)) for request in running],
                 trim=lambda session, verdict: texts[id(session)].trim(verdict),
                 notice=engine.notice,
             )

@@ -268,9 +268,51 @@ def draft_cost(candidate: Candidate, options: Mapping[str, int], context: int) -
 
 
 def trust_of(trace: Trace) -> float:
-    """How many nodes were accepted for each that the scores promised."""
+    """How many nodes were accepted for each that the scores promised; not 0, by which prices are divided."""
     promised = sum(sum(step.scores) for step in trace.steps)
-    return sum(sum(step.accepted) for step in trace.steps) / promised if promised else 1.0
+    return max(sum(sum(step.accepted) for step in trace.steps) / promised, 0.01) if promised else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a profile says of the drafter that runs.
+
+    ``speed`` is that of its setting, ``acceptance`` by position, ``trust`` the nodes accepted for each that scores
+    promise; ``nodes`` and ``depth`` bound a draft. With ``steady`` every draft has room for ``nodes``: a device has
+    graphs of that size.
+    """
+
+    target: CostCurve
+    overhead: float
+    draft: DraftCost
+    speed: Speed
+    acceptance: tuple[float, ...]
+    trust: float
+    nodes: int
+    depth: int
+    steady: bool = False
+
+
+def outlook(profile: Profile, steady: bool = False) -> Outlook | None:
+    """What the profile says of the drafter it chose; None for plain decoding. ``steady``: its drafts keep the width of
+    the setting."""
+    setting, candidate = profile.chosen, profile.candidate(profile.chosen)
+    if not candidate or not candidate.trace or not candidate.trace.steps:
+        return None
+    trace, widest = candidate.trace, setting.options if steady else {}
+    options = {**candidate.options, **widest}
+    nodes = options["num_speculative_tokens"]
+    return Outlook(
+        profile.target,
+        profile.overhead,
+        draft_cost(candidate, setting.options, _mean_context(trace)),
+        predict(profile, setting),
+        trace.acceptance_by_position(),
+        trust_of(trace),
+        nodes,
+        nodes if candidate.inner else options.get("tree_depth", nodes),
+        steady,
+    )
 
 
 def _mean_context(trace: Trace) -> int:

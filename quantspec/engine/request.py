@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantspec.core.drafter import Drafter, NoDrafter
@@ -12,6 +12,7 @@ from quantspec.core.sampling import WarpChain
 from quantspec.core.session import Session
 from quantspec.engine.causes import Subject
 from quantspec.engine.config import HEAD_METHODS
+from quantspec.engine.controller import Controller
 from quantspec.engine.engine import Engine, is_out_of_memory
 from quantspec.engine.stats import Lap, Stats
 from quantspec.engine.stream import OutputText
@@ -72,6 +73,9 @@ class Request:
         )
         self.drafter: Drafter = engine.drafter
         self.state: Any = None
+        self._controller: Controller | None = None
+        if engine.outlook:
+            self._controller = Controller(engine.outlook, engine.lessons, len(self.prompt), self.max_new_tokens)
         self._session: Session | None = None
         self._token_ids: list[int] = []
         self._stages: list[str] = []
@@ -99,12 +103,23 @@ class Request:
         view = self._session.view()
         self.state = self._spare(lambda: self.drafter.open(view))
 
-    def budget(self) -> Budget:
-        """Nothing at first: the target streams its first token before any drafter reads the prompt."""
-        return self.engine.budget if self._token_ids else _PLAIN
+    def budget(self, batch: int = 1) -> Budget:
+        """Of the next draft, in a step of ``batch`` sequences. Nothing at first: the target streams its first token
+        before any drafter reads the prompt."""
+        widest = self.engine.budget
+        if not self._token_ids or not widest.max_nodes:
+            return _PLAIN
+        if self._controller is None:
+            return widest
+        budget = self._controller.budget(len(self.session.tokens), batch)
+        return budget if budget.max_nodes <= widest.max_nodes else replace(budget, max_nodes=widest.max_nodes)
 
     def take(self, verdict: Verdict, lap: Lap) -> Chunk:
         """Record a committed step; returns what it adds to the stream."""
+        if self._controller and self._token_ids and self._controller.take(verdict, lap.draft, lap.verify):
+            self.engine.notice(
+                f"drafter {self.drafter.name} does not pay here: decoding goes on without it for a while"
+            )
         self._token_ids += verdict.emitted
         self._stages += verdict.stages
         self._logprobs += verdict.logprobs
@@ -134,6 +149,8 @@ class Request:
         if self._session is not None:
             self.leave_drafter()
             self._session = None
+            if self._controller:
+                self._controller.close()
 
     def completion(self) -> Completion:
         """What was generated so far."""
