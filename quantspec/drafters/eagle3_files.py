@@ -46,7 +46,7 @@ _ARCHITECTURES = (
 )
 _IDS = "eagle_aux_hidden_state_layer_ids"
 _MISSING = {
-    "mask_hidden": "a P-EAGLE head brings what stands for streams not seen yet; if it is a plain EAGLE-3 head, take the "
+    "mask_hidden": "a P-EAGLE head brings what stands for streams not seen yet; if it is a plain EAGLE-3 head, take "
     "mask token and parallel_drafting out of its config.json",
 }
 """Tensor to the hint where it is not there."""

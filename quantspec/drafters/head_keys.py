@@ -43,6 +43,22 @@ def refuse_unknown_keys(raw: Iterable[str], known: Collection[str], source: str)
         raise ModelError(f"{source} has the key {key!r}, which is not known here", hint=hint)
 
 
+def read_own(raw: Mapping[str, Any], known: Collection[str], source: str) -> dict[str, Any]:
+    """Our own section ``quantspec``: ``tau`` (see ``tau.read_taus``), and names, which are strings. Raises
+    ``ModelError``."""
+    own = raw.get("quantspec", {})
+    if not isinstance(own, dict) or own.keys() - known:
+        raise ModelError(
+            f"{source}: the section quantspec may only have {', '.join(sorted(known))}",
+            hint="what is not known here may change how the head computes: load it with a newer quantspec",
+        )
+    for key, value in own.items():
+        if key != "tau" and not isinstance(value, str | None):
+            hint = f'write it in quotes, or leave {key} out: "base" is the fingerprint of the weights it was trained on'
+            raise ModelError(f"{source}: quantspec.{key} must be a string, not {value!r:.60}", hint=hint)
+    return own
+
+
 def read_size(raw: Mapping[str, Any], key: str, default: int, source: str, most: int | None = None) -> int:
     """A whole number from 1 to ``most``, ``default`` where there is none. Raises ``ModelError``."""
     value = raw.get(key)

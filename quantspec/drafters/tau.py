@@ -15,7 +15,10 @@ def read_taus(raw: Any, source: str) -> dict[float, float]:
     except (AttributeError, TypeError, ValueError):
         taus = {0.0: 0.0}
     if not all(temperature >= 0 and 0 < tau < float("inf") for temperature, tau in taus.items()):
-        raise ModelError(f"{source}: quantspec.tau must map temperatures to numbers above 0, not {raw!r}")
+        raise ModelError(
+            f"{source}: quantspec.tau must map temperatures to numbers above 0, not {raw!r:.200}",
+            hint='write it like {"0.8": 0.6, "1": 0.5}, or leave it out: it is 1 then',
+        )
     return taus
 
 

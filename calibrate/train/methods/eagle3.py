@@ -48,7 +48,10 @@ class Eagle3Method:
         self.config, self.base = config, base
         self.taps: tuple[Tap, ...] = config.layer_ids or default_taps(base.shape.layers)
         if not all(isinstance(tap, int) and 0 <= tap < base.shape.layers for tap in self.taps):
-            raise UsageError(f"layer ids {config.layer_ids} of a base with {base.shape.layers} layers, counted from 0")
+            raise UsageError(
+                f"layer ids {', '.join(map(str, config.layer_ids))} of a base with {base.shape.layers} layers",
+                hint=f"count layers from 0 to {base.shape.layers - 1}, or leave --layer-ids out",
+            )
         device = base.model.norm.weight.device
         ids = draft_vocabulary(texts, base.vocab, config.draft_vocab_size or base.vocab)
         self.ids, self.drafted = ids.to(device), membership(ids, base.vocab).to(device)
