@@ -98,8 +98,9 @@ def _print(tuned: Tuned, explain: bool, as_json: bool) -> None:
         f"chosen: {best.drafter}{f' ({best.setting})' if best.setting else ''}, {best.measured:.1f} tokens/s, "
         f"{best.speedup:.2f}x plain decoding"
     )
-    for path in (tuned.path, *pictures):
-        click.echo(f"wrote {path}")
+    click.echo(f"profile: {tuned.path}")
+    for path in pictures:
+        click.echo(f"picture: {path}")
 
 
 def _draw(tuned: Tuned) -> list[Path]:

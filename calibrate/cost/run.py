@@ -68,6 +68,8 @@ def tune(config: TuneConfig, out: Path | None, folder: Path, note: Note, again: 
     had, ``ResourceError`` for a machine that is too noisy, whose old profile stays as it is.
     """
     began = perf_counter()
+    if config.draft_model is not None:
+        resolve(config.draft_model)  # a name that leads nowhere is said at once
     engine = build(config.engine(), note)
     target = resolve(DEFAULT_TARGET if config.model == "default" else config.model)
     machine, model = here.machine(engine.config), fingerprint(target)
