@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from quantspec.benchmarks import contenders, kernels, page, timing
+from quantspec.benchmarks import contenders, kernels, page
 from quantspec.benchmarks.kernels import Machine, Measured
+from quantspec.calibrate.cost import timing
 from quantspec.cli.bench import _closing
 from quantspec.errors import Unavailable
 from quantspec.kernels.cpu import library, probes
