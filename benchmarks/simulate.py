@@ -170,10 +170,8 @@ def _direct(head: Head | None, nodes: int, levels: int | None) -> Direct:
 
 def best(stack: Stack, method: str, context: int, batch: int = 1, fixed: Options | None = None) -> Planned:
     """The fastest setting of a strategy, with the options that are ``fixed``."""
-    plans = (
-        Planned(options, build(stack, method, options, context))
-        for options in settings(stack, method, context, batch, fixed or {})
-    )
+    found = {tuple(options.items()): options for options in settings(stack, method, context, batch, fixed or {})}
+    plans = (Planned(options, build(stack, method, options, context)) for options in found.values())
     return max(plans, key=lambda planned: planned.verified.tokens_per_second(batch))
 
 
