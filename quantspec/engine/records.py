@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
@@ -43,6 +44,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ModelError(f"{where} must be a list")
+        if _all_plain(arguments[0], value):  # traces have many thousands of numbers
+            return tuple(value)
         return tuple([_read(arguments[0], each, f"{where}[{i}]") for i, each in enumerate(value)])
     if origin is Mapping:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -51,6 +54,13 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind):
         return _read_record(kind, value, where)
     return _read_plain(kind, value, where)
+
+
+def _all_plain(kind: Any, values: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether all values are of that plain type as they stand."""
+    if kind not in (int, float, str, bool) or set(map(type, values)) != {kind}:
+        return False
+    return kind is not float or all(map(math.isfinite, values))
 
 
 def _fitting(choices: list[Any], value: Any) -> Any:
@@ -66,11 +76,16 @@ def _read_record(kind: Any, value: Any, where: str) -> Any:
     wrong = wrong or next((f"an unknown {name!r}" for name in value if name not in names), None)
     if wrong:
         raise ModelError(f"{where} has {wrong}")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     try:
         return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
     except ValueError as error:
         raise ModelError(f"{where}: {error}") from error
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _read_plain(kind: Any, value: Any, where: str) -> Any:
