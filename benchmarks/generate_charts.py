@@ -127,7 +127,7 @@ def acceptance_of(rows: Mapping[str, Row]) -> Lines | None:
         Line(name, tuple((k + 1.0, share) for k, share in enumerate(shares)), color)
         for (name, shares), color in zip(drawn.items(), _colors(len(drawn)), strict=True)
     )
-    title = "Target forwards that accept the draft up to a position, share"
+    title = "Share of target forwards that accept up to a position"
     return Lines(title, "position in the draft", lines) if lines else None
 
 

@@ -57,6 +57,8 @@ PARTS = (
     Part("decode-8b-head4", 15, 45),
     Part("sanitizer", 40, 150),
     Part("decode-1b", 15, 45),
+    Part("paper-8b", 240, 900),
+    Part("paper-70b", 300, 900),
 )
 """Most important first; what each does: ``gpu_parts``."""
 Start = Callable[[str, Path], Sequence[str]]

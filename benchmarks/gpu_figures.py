@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +61,27 @@ def decode(shape: str, kernels: Kernels | None = None, head_bits: int | None = N
             shape=SHAPES[shape], device="cuda", kernels=kernels, head_bits=head_bits, tokens=200, widths=WIDTHS
         )
         found.put(**cuda_decode.run(config, say))
+
+    return measure
+
+
+def paper(shape: str, precisions: tuple[str, ...]) -> Callable[[Found], None]:
+    """``bench paper`` on shape-scaled models, written beside the report's scratch files and gone afterwards."""
+
+    def measure(found: Found) -> None:
+        from quantspec.benchmarks import paper_page
+        from quantspec.benchmarks.paper import run
+        from quantspec.benchmarks.paper_config import PaperBench
+
+        with TemporaryDirectory(prefix="quantspec-paper-") as scratch:
+            config = PaperBench(
+                Path(scratch), shape, precisions=precisions, limit=4, max_new_tokens=128, rounds=3, device="cuda"
+            )
+            table: dict[str, list[str]] = {}
+            for name in precisions:  # one by one, so that what is there stays where a later one does not end
+                (one,) = run(replace(config, precisions=(name,)), say)
+                table[name] = paper_page.cells(one)
+                found.put(columns=paper_page.COLUMNS, table=table, **{name: one.as_dict()})
 
     return measure
 

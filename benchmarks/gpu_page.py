@@ -111,6 +111,18 @@ def failures(*parts: str) -> Callable[[Report], float | None]:
     return found
 
 
+def gain(part: str, *kinds: str) -> Callable[[Report], float | None]:
+    """Of the kinds' fastest settings in a part of ``bench paper``, the best speedup over plain decoding in 4 bits."""
+
+    def found(report: Report) -> float | None:
+        precision = result(report, part).get("w4", {})
+        names = [precision.get(kind) for kind in kinds]
+        rows = precision.get("report", {}).get("rows", ())
+        return max((row["speedup"] for row in rows if row["method"] in names and row["speedup"]), default=None)
+
+    return found
+
+
 def _at_least(least: float) -> Callable[[float], bool]:
     return lambda value: value >= least
 
@@ -130,6 +142,8 @@ TARGETS = (
     Target("Triton over CUDA, n = 1..16, 60 MB and more", "1.6", "1.3", triton_ratio, _at_most(1.6)),
     Target("8B decode, tokens/s", "450 (aim 700)", "380", speed("decode-8b"), _at_least(450), "{:.0f}"),
     Target("70B decode, tokens/s", "70", "73", speed("decode-70b"), _at_least(70), "{:.0f}"),
+    Target("8B, W4: best method over plain", "2.5", "2.2", gain("paper-8b", "tree", "cascade"), _at_least(2.5)),
+    Target("70B, W4: cascade over plain", "2.8", "3.2", gain("paper-70b", "cascade"), _at_least(2.8)),
     Target("relative error, fp16", "2e-3", "3e-4", worst_error("float16"), _at_most(2e-3), "{:.1e}"),
     Target("relative error, bf16", "8e-3", "2e-3", worst_error("bfloat16"), _at_most(8e-3), "{:.1e}"),
     Target("rows at n = 1..64, products and decoders: failed parts", "0", "0", failures("products", "prove"),
@@ -142,12 +156,8 @@ TARGETS = (
 
 def page(report: Report) -> str:
     """The whole page, of whatever has been found so far."""
-    return (
-        "\n".join(
-            [*_head(report), *_targets(report), *_parts(report), *_kernels(report), *_launch(report), *_decode(report)]
-        )
-        + "\n"
-    )
+    sections = (_head, _targets, _parts, _kernels, _launch, _decode, _paper)
+    return "\n".join(line for section in sections for line in section(report)) + "\n"
 
 
 def _head(report: Report) -> Iterator[str]:
@@ -268,6 +278,16 @@ def _generate(report: Report) -> Iterator[str]:
         if "tokens_per_second" in found:
             speeds = ", ".join(f"{method} {speed:.0f}" for method, speed in found["tokens_per_second"].items())
             yield f"The default family on {backend}, {found['exactness']}: {speeds} tokens/s."
+
+
+def _paper(report: Report) -> Iterator[str]:
+    for part in ("paper-8b", "paper-70b"):
+        if found := result(report, part):
+            yield ""
+            yield f"## EAGLE-2's tree and a cascade, shape-scaled: {part}"
+            yield ""
+            yield from _head_row(*found["columns"])
+            yield from (f"| {' | '.join(cells)} |" for cells in found["table"].values())
 
 
 def _head_row(*columns: str) -> Sequence[str]:

@@ -96,6 +96,8 @@ PARTS: dict[str, Callable[[Found], None]] = {
     "prove": gpu_checks.prove,
     "probe": gpu_checks.probe,
     "launch": gpu_figures.launch,
+    "paper-8b": gpu_figures.paper("8b", ("w4", "bf16", "w8")),
+    "paper-70b": gpu_figures.paper("70b", ("w4",)),
     "sanitizer": gpu_checks.sanitizer,
     "sanitized": gpu_checks.sanitized,
 }

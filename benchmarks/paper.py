@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantspec.benchmarks import generate
-from quantspec.benchmarks.generate_config import GenerateBench
+from quantspec.benchmarks.generate_config import NO_PEERS, GenerateBench
 from quantspec.benchmarks.generate_figures import speeds
 from quantspec.benchmarks.generate_rows import Interval, Report, Row
 from quantspec.benchmarks.paper_config import BITS, PaperBench
@@ -27,6 +27,8 @@ from quantspec.benchmarks.peers.shared import sharing
 from quantspec.benchmarks.scaled.config import ScaleBench
 
 Note = Callable[[str], None]
+PEERS = ("transformers-bf16", "transformers-compiled")
+"""Beside the dense target on a GPU: what published speedups often divide by, and what they should."""
 DRAFTERS = ("intermediate", "eagle-target", "eagle-intermediate")
 
 
@@ -86,7 +88,7 @@ def _precision(
         draft_model=str(folders["intermediate"]),
         head=(str(folders["eagle-target"]), str(folders["eagle-intermediate"])),
         methods=(*trees, *cascades),
-        peers=("none",),
+        peers=PEERS if name == "bf16" and config.device != "cpu" else NO_PEERS,
         prompts=config.prompts,
         limit=config.limit,
         max_new_tokens=config.max_new_tokens,

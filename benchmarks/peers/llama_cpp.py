@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from time import monotonic, sleep
@@ -25,7 +26,7 @@ from quantspec.errors import ModelError, Unavailable
 from quantspec.models.gguf.reader import is_gguf
 
 NAME, SERVER = "llama.cpp", "llama-server"
-_START_SECONDS = 600.0
+_START_SECONDS, _ENDING_SECONDS = 600.0, 5.0
 _GREEDY = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"]}
 
 
@@ -143,8 +144,8 @@ class Server:
             connection.request(verb, path, None if body is None else json.dumps(body))
             found = json.loads(connection.getresponse().read())
         except (OSError, HTTPException, ValueError) as error:
-            if self._process.poll() is None and isinstance(error, ConnectionError):
-                raise
+            if verb == "GET" and isinstance(error, ConnectionError) and self._process.poll() is None:
+                raise  # it may not listen yet
             raise ModelError(self._how_it_ended()) from error
         finally:
             connection.close()
@@ -154,6 +155,8 @@ class Server:
         return dict(found)
 
     def _how_it_ended(self) -> str:
+        with suppress(subprocess.TimeoutExpired):  # its end may be told a little after its connection's
+            self._process.wait(_ENDING_SECONDS)
         code = self._process.poll()
         last = next((line for line in reversed(self._said()) if line), "")
         how = "gave no sound answer" if code is None else f"ended with exit code {code}"
