@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -50,8 +51,8 @@ def load(options: Mapping[str, Any]) -> tuple[Mapping[str, Any], Answerer]:
         # The file may go once it is loaded: the server has it open or mapped.
         server = Server(binary, model, options["context"], options["threads"])
     atexit.register(server.close)
-    described = {"describe": f"llama.cpp {version(binary)}", "flags": server.flags, "cpu": server.features}
-    return {**described, "notes": notes}, server.answer
+    flags = f"{server.flags}; {server.features}".rstrip("; ")
+    return {"describe": f"llama.cpp {version(binary)}", "flags": flags, "notes": notes}, server.answer
 
 
 def version(binary: Path) -> str:
@@ -100,9 +101,9 @@ class Server:
 
     @property
     def features(self) -> str:
-        """What it was built for, in its own words."""
+        """What it was built with, as it says itself, such as ``AVX2 FMA OPENMP``."""
         lines = [line for line in self._said() if line.startswith("system_info:")]
-        return lines[-1].partition("|")[2].strip(" |") if lines else ""
+        return " ".join(re.findall(r"(\w+) = 1 \|", lines[-1])) if lines else ""
 
     def answer(self, ask: Ask) -> Answer:
         """Generate greedily. Raises ``ModelError`` when the server fails or is gone."""

@@ -25,7 +25,7 @@ if "--version" in sys.argv:
 port, model = int(sys.argv[sys.argv.index("--port") + 1]), sys.argv[sys.argv.index("-m") + 1]
 if {how!r} == "no start":
     sys.exit("the model is damaged")
-print("system_info: n_threads = 2 | CPU : AVX2 = 1 |", flush=True)
+print("system_info: n_threads = 2 | CPU : AVX2 = 1 | AVX512 = 0 |", flush=True)
 open({trace!r}, "w").write(f"{{os.getpid()}} {{os.path.getsize(model)}}")
 class Handler(BaseHTTPRequestHandler):
     asked = 0
@@ -80,7 +80,7 @@ def test_it_answers_in_tokens_and_with_its_own_seconds(model: Path, tmp_path: Pa
     process = _process(model, _server(tmp_path))
     ready = process.load(60)
     assert ready["describe"] == "llama.cpp 4748 (abc), built with cc 12"
-    assert ready["cpu"] == "CPU : AVX2 = 1"
+    assert ready["flags"] == "-c 64 -np 1 -t 2 -tb 2 --no-webui; AVX2"
     answer = process.ask(Ask(tokens=(5, 6, 7), text="", max_new_tokens=2, extra={}), 60)
     assert answer.tokens == (6, 7)
     assert answer.seconds == pytest.approx(0.05)
