@@ -13,7 +13,9 @@ from quantspec.benchmarks.config import BACKENDS as KERNEL_BACKENDS
 from quantspec.benchmarks.config import CUDA_BACKENDS, DecodeBench, DraftersBench, FuzzBench, KernelBench
 from quantspec.benchmarks.shapes import ModelShape, parse_shape
 from quantspec.cli.bench_generate import generate
+from quantspec.cli.bench_paper import paper
 from quantspec.cli.bench_parts import NAMES, Listed, check_places, circumstances, json_option, try_folder
+from quantspec.cli.bench_scale import scale
 from quantspec.cli.bench_simulate import simulate
 from quantspec.cli.invocation import Invocation
 from quantspec.cli.options import assemble, options_from
@@ -57,6 +59,8 @@ def bench() -> None:
 
 
 bench.add_command(generate)
+bench.add_command(paper)
+bench.add_command(scale)
 bench.add_command(simulate)
 
 

@@ -14,6 +14,16 @@ INTERMEDIATES = {
     "70b": SHAPES["8b"],
 }
 """Of about an eighth of the bytes that a step of the target reads, as Llama 3.1 8B beside the 70B."""
+MODELS = ("target", "intermediate")
+HEADS = {
+    "eagle-target": "target",
+    "eagle-intermediate": "intermediate",
+    "eagle3-target": "target",
+    "peagle-target": "target",
+    "medusa-target": "target",
+}
+"""Of the family, and the model that each drafts for."""
+MEMBERS = (*MODELS, *HEADS)
 SHARE = 8.5
 """A head reads about so many times fewer bytes than its target."""
 GROUP = 128
@@ -45,6 +55,9 @@ class ScaleBench:
             raise UsageError(f"--bits must be 4, 8 or 16, not {self.bits}")
         if self.dequantized and self.bits != 16:
             raise UsageError("--dequantized goes with --bits 16", hint="leave it out")
+        unknown = [name for name in self.only if name not in MEMBERS]
+        if unknown:
+            raise UsageError(f"the family has no {unknown[0]!r}", hint=f"it has {', '.join(MEMBERS)}")
         self.shapes()
 
     def shapes(self) -> tuple[ModelShape, ModelShape]:

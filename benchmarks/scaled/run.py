@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 
 from quantspec.benchmarks.scaled.config import (
     GROUP,
+    HEADS,
+    MEMBERS,
+    MODELS,
     SHARE,
     ScaleBench,
     eagle_bytes,
@@ -18,7 +22,7 @@ from quantspec.benchmarks.scaled.config import (
     lm_rows,
     model_bytes,
 )
-from quantspec.benchmarks.scaled.decoder import Scaled, Small
+from quantspec.benchmarks.scaled.decoder import LABEL, Scaled, Small
 from quantspec.benchmarks.scaled.heads import Base, HeadWriter
 from quantspec.benchmarks.scaled.places import layer_places
 from quantspec.benchmarks.scaled.sheet import Dense, Noise, Packed, SheetOf
@@ -28,21 +32,13 @@ from quantspec.errors import UsageError
 from quantspec.models import atomic
 from quantspec.models.config import read_config
 from quantspec.models.fingerprint import fingerprint
+from quantspec.models.json_files import read_object
 from quantspec.models.quantization import HEAD_MODULE
 from quantspec.models.resolve import FAMILY
 from quantspec.models.tensors import TensorStore
 from quantspec.numerics.scheme import Scheme
 
 Say = Callable[[str], None]
-MODELS = ("target", "intermediate")
-HEADS = {
-    "eagle-target": "target",
-    "eagle-intermediate": "intermediate",
-    "eagle3-target": "target",
-    "peagle-target": "target",
-    "medusa-target": "target",
-}
-"""Of the family, and the model that each drafts for."""
 SUMMARY = "shape_scaled.json"
 
 
@@ -59,25 +55,33 @@ class _Run:
         self._source = config.source or FAMILY
         self._shapes = dict(zip(MODELS, config.shapes(), strict=True))
         self._bases: dict[str, Base] = {}
-        unknown = [name for name in config.only if name not in (*MODELS, *HEADS)]
-        if unknown:
-            raise UsageError(f"the family has no {unknown[0]}", hint=f"it has {', '.join((*MODELS, *HEADS))}")
 
     def run(self) -> dict[str, Any]:
-        members: dict[str, dict[str, Any]] = {}
-        for name in self.config.only or (*MODELS, *HEADS):
+        report = self._begun()
+        for name in self.config.only or MEMBERS:
             start, (folder, bits) = time.perf_counter(), self._form(name)
             if not (folder / atomic.MANIFEST).exists():
                 (self._model if name in MODELS else self._head)(name, folder, bits)
                 size, seconds = TensorStore(folder).nbytes() / 1e9, time.perf_counter() - start
                 self._say(f"{folder.name}: {size:.2f} GB, {seconds:.0f} s")
-            members[folder.name] = self._described(name, folder, bits)
-        report = {
-            "label": "shape-scaled", "shape": self.config.shape, "bits": self.config.bits, "seed": self.config.seed,
-            "members": members,
-        }  # fmt: skip
-        atomic.write_json(self.config.out / SUMMARY, report)
+            report["members"][folder.name] = self._described(name, folder, bits)
+            atomic.write_json(self.config.out / SUMMARY, report)
         return report
+
+    def _begun(self) -> dict[str, Any]:
+        """What the folder holds already. Raises ``UsageError``: models of another shape, or something else."""
+        config, path = self.config, self.config.out / SUMMARY
+        shapes = {name: asdict(shape) for name, shape in self._shapes.items()}
+        wanted = {"label": LABEL["label"], "shapes": shapes, "source": str(self._source), "seed": config.seed}
+        if path.exists():
+            report = read_object(path)
+            if wanted == {key: report.get(key) for key in wanted}:
+                return report
+        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+            raise UsageError(f"{config.out} holds something else already", hint="choose another --out")
+        atomic.make_folder(config.out)
+        atomic.write_json(path, wanted | {"members": {}})
+        return wanted | {"members": {}}
 
     def _form(self, name: str) -> tuple[Path, int]:
         """Where a member goes, and its bits: those of the family's own where that is quantized, else 8 for heads."""
@@ -137,13 +141,13 @@ class _Run:
 
     def _described(self, name: str, folder: Path, bits: int) -> dict[str, Any]:
         """Bytes that a step reads, beside its target's or base's."""
-        target = model_bytes(self._shapes["target"], self.config.bits)
-        if name in MODELS:
-            read, base = model_bytes(self._shapes[name], bits), target
-        else:
-            read = TensorStore(folder).nbytes() - _looked_up(folder)
-            base = model_bytes(self._shapes[HEADS[name]], self.config.bits)
-        return {"source": self._member(name, bits).name, "bits": bits, "bytes": int(read), "share": read / base}
+        of = HEADS.get(name, "target")
+        base = model_bytes(self._shapes[of], self.config.bits)
+        heads = TensorStore(folder).nbytes() - _looked_up(folder) if name in HEADS else 0
+        read = heads or model_bytes(self._shapes[name], bits)
+        beside = None if name == of else self._form(of)[0].name
+        source = self._member(name, bits).name
+        return {"source": source, "bits": bits, "bytes": int(read), "share": read / base, "of": beside}
 
 
 def _looked_up(folder: Path) -> int:
