@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from math import inf
 from statistics import median
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -32,7 +31,8 @@ from quantspec.types import EMPTY_DRAFT, Draft, SamplingParams
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64)
 INNER_WIDTHS = tuple(width for width in WIDTHS if width <= 24)
 _LOW = 0.1  # the quantile that stands for a time: least times of what else the machine does
-_ROUNDS = (4, 24)
+_ROUNDS = 24
+_ENOUGH = 4  # times of either half
 
 Times = Mapping[tuple[int, int], Sequence[float]]
 """Seconds of forwards by (context, width), in the order in which they ran."""
@@ -59,14 +59,14 @@ class Forwards:
         self.times: dict[tuple[int, int], list[float]] = {key: [] for key in self._calls}
 
     def run(self, seconds: float) -> None:
-        """Time all of them, for about that long but not below four rounds."""
-        began = perf_counter()
+        """Time all of them for about that long, each for the same share of it: narrow forwards, which decide most, more
+        often than wide ones."""
+        share = seconds / len(self._calls) / _ROUNDS
         with torch.inference_mode(), torch_threads(self._threads):
-            for call in self._calls.values():
-                call()
-            once = perf_counter() - began
-            rounds = max(_ROUNDS[0], min(_ROUNDS[1], int(seconds / once)))
-            for key, times in alternate(self._calls, rounds, self._seed, share=inf).items():
+            quick = self._calls[self.contexts[0], self._widths[0]]
+            plain = min(alternate({0: quick}, 3)[0])
+            share = max(share, plain / 2)  # of a large model too, narrow forwards in every second round
+            for key, times in alternate(self._calls, _ROUNDS, self._seed, share).items():
                 self.times[key] += times
 
     def curve(self) -> CostCurve:
@@ -107,11 +107,14 @@ def low(times: Iterable[float]) -> float:
 
 
 def noise(times: Times) -> float:
-    """How far times repeat: the median over all calls of the difference between the first and the second half of its
-    times, as a share of the smaller."""
+    """How far times repeat: the median over all calls (of which there are times enough) of the difference between the
+    first and the second half of its times, as a share of the smaller."""
     apart = []
+    most = max(2, *map(len, times.values()))
     for each in times.values():
         half = len(each) // 2
+        if half < min(_ENOUGH, most // 2):
+            continue
         first, second = low(each[:half]), low(each[half:])
         apart.append(abs(first - second) / min(first, second))
-    return median(apart)
+    return median(apart) if apart else inf

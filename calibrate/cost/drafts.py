@@ -7,6 +7,7 @@ its trace; the third drafts less, so that fixed costs can be told from those of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from time import perf_counter
 
@@ -51,6 +52,19 @@ def widest(method: str, nodes: int, top_k: int) -> Mapping[str, int]:
     return options
 
 
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """The target without a drafter: its forwards, and the seconds of a step outside them."""
+
+    target: CostCurve
+    overhead: float
+
+    def more(self, step: Watched) -> float:
+        """Seconds that a step took beyond its forward's and a plain step's. The forward is as the curve has it: on a
+        device a forward that is timed waits for the draft before it."""
+        return step.seconds - self.overhead - self.target.at(len(step.draft) + 1, step.context)
+
+
 def measure_plain(bench: Workbench, prompts: Prompts, new_tokens: int) -> float:
     """Seconds of a plain step outside its forward."""
     steps = [step for prompt in prompts for step in watch(bench.plain, prompt, new_tokens)[1:]]
@@ -58,11 +72,11 @@ def measure_plain(bench: Workbench, prompts: Prompts, new_tokens: int) -> float:
 
 
 def measure_drafter(
-    bench: Workbench, setting: Setting, prompts: Prompts, new_tokens: int, overhead: float, curve: CostCurve | None,
+    bench: Workbench, setting: Setting, prompts: Prompts, new_tokens: int, plain: Plain, inner_curve: CostCurve | None,
     seconds: float,
 ) -> Candidate:  # fmt: skip
-    """A drafter, with the ``setting`` of its widest drafts, on as many prompts as ``seconds`` allow. ``overhead`` is
-    that of a plain step; ``curve``, of a cascade, its intermediate's. One that fails says so in its ``failure``."""
+    """A drafter, with the ``setting`` of its widest drafts, on as many prompts as ``seconds`` allow. Of a cascade,
+    ``inner_curve`` is its intermediate's. One that fails says so in its ``failure``."""
     try:
         engine = bench.engine(setting)
         runs, inner, failure = _watch_all(bench, engine, setting, prompts, new_tokens, seconds)
@@ -75,10 +89,10 @@ def measure_drafter(
     steps = [step for run in runs for step in run[_AFTER:]]
     trace = Trace(tuple(step.record() for step in steps if step.whole and step.budget == engine.budget))
     if inner is None:
-        cost = fit((_levels(step), len(step.draft), _outside(step, overhead)) for step in steps if len(step.draft))
-        return _candidate(setting, _with_prefill(cost, runs, overhead), trace)
-    assert curve is not None, "a cascade's intermediate was measured before"
-    return _cascade(setting, runs, inner, trace, overhead, curve)
+        cost = fit((_levels(step), len(step.draft), plain.more(step)) for step in steps if len(step.draft))
+        return _candidate(setting, _with_prefill(cost, runs, plain), trace)
+    assert inner_curve is not None, "a cascade's intermediate was measured before"
+    return _cascade(setting, runs, inner, trace, plain, inner_curve)
 
 
 def failed(setting: Setting, why: str) -> Candidate:
@@ -126,22 +140,17 @@ def _levels(step: Watched) -> int:
     return max(step.draft.depths(), default=0)
 
 
-def _outside(step: Watched, overhead: float) -> float:
-    """Seconds of a step that plain decoding would not have had, besides the wider forward."""
-    return max(step.seconds - step.verify - overhead, 0.0)
-
-
-def _with_prefill(cost: DraftCost, runs: Sequence[Sequence[Watched]], overhead: float) -> DraftCost:
+def _with_prefill(cost: DraftCost, runs: Sequence[Sequence[Watched]], plain: Plain) -> DraftCost:
     """With what the first draft took beyond an ordinary one, over the tokens that it read."""
     firsts = [run[1] for run in runs if len(run) > _AFTER and len(run[1].draft)]
     extra = [
-        (_outside(step, overhead) - cost.at(_levels(step), len(step.draft))) / step.context for step in firsts
+        (plain.more(step) - cost.at(_levels(step), len(step.draft))) / step.context for step in firsts
     ]  # fmt: skip
     return DraftCost(max(quick(extra), 0.0) if extra else 0.0, cost.fixed, cost.per_level, cost.per_node)
 
 
 def _cascade(
-    setting: Setting, runs: Sequence[Sequence[Watched]], inner: InnerVerifier, trace: Trace, overhead: float,
+    setting: Setting, runs: Sequence[Sequence[Watched]], inner: InnerVerifier, trace: Trace, plain: Plain,
     curve: CostCurve,
 ) -> Candidate:  # fmt: skip
     rounds, rest, firsts = [], [], []
@@ -157,8 +166,8 @@ def _cascade(
                 firsts.append((spent, step.context))
             else:
                 rounds += inside
-                rest.append(max(_outside(step, overhead) - spent, 0.0))
-    cost = fit(each.sample for each in rounds if each.record.scores)
+                rest.append(max(plain.more(step) - spent, 0.0))
+    cost = fit(each.sample(curve) for each in rounds if each.record.scores)
     level = Inner(curve, cost, Trace(tuple(each.record for each in rounds if each.wide)))
     prefill = quick([spent / context for spent, context in firsts]) if firsts else 0.0
     return _candidate(setting, DraftCost(prefill, quick(rest) if rest else 0.0), trace, level)

@@ -11,7 +11,7 @@ from quantspec.calibrate.cost.watch import step_of
 from quantspec.core.session import Session
 from quantspec.core.verify import NO_NEEDS, Verifier
 from quantspec.drafters.cascade import Cascade
-from quantspec.engine.costs import Step
+from quantspec.engine.costs import CostCurve, Step
 from quantspec.types import Budget, Needs, Proposal, Verdict
 
 
@@ -25,9 +25,11 @@ class Round:
     record: Step
     wide: bool
 
-    @property
-    def sample(self) -> Sample:
-        return max(self.record.depths, default=0), len(self.record.scores), self.draft
+    def sample(self, curve: CostCurve) -> Sample:
+        """Of the draft: what the round took beyond a forward as the intermediate's curve has it."""
+        nodes = len(self.record.scores)
+        more = self.draft + self.verify - curve.at(nodes + 1, self.record.context)
+        return max(self.record.depths, default=0), nodes, more
 
 
 class InnerVerifier(Verifier):

@@ -15,7 +15,7 @@ from typing import Any
 
 from quantspec.calibrate.cost.config import TuneConfig
 from quantspec.calibrate.cost.curve import INNER_WIDTHS, WIDTHS, Forwards, noise
-from quantspec.calibrate.cost.drafts import failed, measure_drafter, measure_plain, widest, widest_nodes
+from quantspec.calibrate.cost.drafts import Plain, failed, measure_drafter, measure_plain, widest, widest_nodes
 from quantspec.calibrate.cost.found import Found, find
 from quantspec.calibrate.cost.prompts import read_prompts
 from quantspec.calibrate.cost.race import Race, Run
@@ -145,19 +145,20 @@ class _Tuning:
 
     def profile(self, machine: Mapping[str, str | int], model: str, kernels: str, found: Sequence[Found]) -> Profile:
         """Measure everything."""
-        target, overhead = self._target()
-        candidates = tuple(self._candidate(one, target, overhead, len(found)) for one in found)
+        plain = self._plain()
+        candidates = tuple(self._candidate(one, plain, len(found)) for one in found)
 
         def made(measured: Sequence[Measured], chosen: Setting) -> Profile:
             created = datetime.now(UTC).isoformat(timespec="seconds")
             return Profile(
-                FORMAT_VERSION, machine, model, kernels, created, target, overhead, candidates, tuple(measured), chosen
-            )
+                FORMAT_VERSION, machine, model, kernels, created, plain.target, plain.overhead, candidates,
+                tuple(measured), chosen,
+            )  # fmt: skip
 
         measured = self._race(rank(made((), PLAIN)))
         return made(measured, max(measured, key=lambda each: each.tokens_per_second).setting)
 
-    def _target(self) -> tuple[CostCurve, float]:
+    def _plain(self) -> Plain:
         done = self.work.get("target")
         if done is None:
             engine = self.bench.plain
@@ -169,7 +170,7 @@ class _Tuning:
             done["overhead"] = measure_plain(self.bench, some, self.config.max_new_tokens)
             self.work.put("target", done)
         self.noise = done["noise"]
-        return CostCurve.from_dict(done["curve"]), done["overhead"]
+        return Plain(CostCurve.from_dict(done["curve"]), done["overhead"])
 
     def _curve(self, verifier: Verifier, widths: Sequence[int], seconds: float) -> CostCurve:
         """Times that repeat. Raises ``ResourceError`` where none do."""
@@ -192,11 +193,11 @@ class _Tuning:
             hint="end what else runs here and try again, or raise --max-noise",
         )
 
-    def _candidate(self, one: Found, target: CostCurve, overhead: float, count: int) -> Candidate:
+    def _candidate(self, one: Found, plain: Plain, count: int) -> Candidate:
         part = f"drafter {one.name}"
         done = self.work.get(part)
         if done is None:
-            found = self._measure(one, target, overhead, self._seconds["drafters"] / count)
+            found = self._measure(one, plain, self._seconds["drafters"] / count)
             done = found.as_dict()
             self.work.put(part, done)
         candidate = Candidate.from_dict(done)
@@ -204,12 +205,12 @@ class _Tuning:
             self.note(f"{one.name} fails: {candidate.failure}")
         return candidate
 
-    def _measure(self, one: Found, target: CostCurve, overhead: float, seconds: float) -> Candidate:
+    def _measure(self, one: Found, plain: Plain, seconds: float) -> Candidate:
         if one.error:
             return failed(Setting(one.name), one.error)
         self.note(f"measuring {one.name}")
         method, top_k = one.options["method"], self.bench.plain.config.tree_top_k
-        setting = Setting(method, _parts(one), widest(method, widest_nodes(target), top_k))
+        setting = Setting(method, _parts(one), widest(method, widest_nodes(plain.target), top_k))
         curve = None
         if method == "cascade":
             try:
@@ -217,7 +218,7 @@ class _Tuning:
             except ModelError as error:
                 return failed(setting, str(error))
         new_tokens = self.config.max_new_tokens
-        return measure_drafter(self.bench, setting, self.prompts, new_tokens, overhead, curve, seconds)
+        return measure_drafter(self.bench, setting, self.prompts, new_tokens, plain, curve, seconds)
 
     def _intermediate(self, setting: Setting) -> CostCurve:
         part = f"forwards {setting.parts['draft_model']}"

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from quantspec.calibrate.cost.curve import Forwards
-from quantspec.calibrate.cost.drafts import measure_drafter, measure_plain, widest, widest_nodes
+from quantspec.calibrate.cost.drafts import Plain, measure_drafter, measure_plain, widest, widest_nodes
 from quantspec.calibrate.cost.watch import watch
 from quantspec.calibrate.cost.workbench import Workbench
 from quantspec.core.verify import Verifier
@@ -26,6 +26,8 @@ QUESTIONS = (
     "Question: Tom reads 15 pages a day. How long does he need for a book of 300 pages?\nAnswer:",
 )
 NEW_TOKENS = 40
+PLAINLY = Plain(CostCurve((64,), (1, 2), ((1e-9, 2e-9),)), 0.0)
+"""Of a target whose forwards are as good as free, so that all of a step is the drafter's."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def curve(bench: Workbench) -> CostCurve:
 
 def measured(bench: Workbench, one: Setting, prompts: list[list[int]]) -> Candidate:
     inside = curve(bench) if one.method == "cascade" else None
-    return measure_drafter(bench, one, prompts, NEW_TOKENS, 0.0, inside, 60.0)
+    return measure_drafter(bench, one, prompts, NEW_TOKENS, PLAINLY, inside, 60.0)
 
 
 @pytest.mark.parametrize(
