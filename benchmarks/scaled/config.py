@@ -94,7 +94,8 @@ def eagle_bytes(shape: ModelShape, bits: int, layers: int = 1, streams: int = 0)
     return linear_bytes(layers * shape.layer_weights + fused + wider, 1, bits)
 
 
-def lm_rows(shape: ModelShape, budget: float, heads: int, bits: int, used: int) -> int:
-    """Rows of ``heads`` LM heads in ``budget`` bytes, of which the small head has ``used``: a multiple of ``GROUP``."""
+def lm_rows(shape: ModelShape, budget: float, heads: int, bits: int, used: int, vocab: int) -> int:
+    """Rows of ``heads`` LM heads in ``budget`` bytes: a multiple of ``GROUP``, and more than the ``used`` ones of the
+    small head, whose model has ``vocab`` tokens; at most those and all that the large model has besides."""
     rows = int(budget / heads / linear_bytes(1, shape.hidden, bits)) // GROUP * GROUP
-    return min(shape.vocab, max(rows, -(-used // GROUP) * GROUP + GROUP))
+    return min(shape.vocab - vocab + used, max(rows, -(-used // GROUP) * GROUP + GROUP))

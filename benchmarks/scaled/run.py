@@ -131,13 +131,15 @@ class _Run:
 
     def _lm_rows(self, name: str, base: Base, raw: dict[str, Any], bits: int) -> int:
         budget, shape = model_bytes(base.shape, self.config.bits) / SHARE, base.shape
-        used = raw.get("draft_vocab_size") or raw.get("truncated_vocab_size") or raw["vocab_size"]
+        vocab = base.small.config.vocab_size
+        used = raw.get("draft_vocab_size") or raw.get("truncated_vocab_size") or vocab
         if name.startswith("medusa"):
             heads = raw["num_heads"]
             blocks = linear_bytes(heads * shape.hidden, shape.hidden, bits)
-            return lm_rows(shape, budget - blocks, heads, bits, used)
+            return lm_rows(shape, budget - blocks, heads, bits, used, vocab)
         streams = 0 if name in ("eagle-target", "eagle-intermediate") else 3
-        return lm_rows(shape, budget - eagle_bytes(shape, bits, raw["num_hidden_layers"], streams), 1, bits, used)
+        budget -= eagle_bytes(shape, bits, raw["num_hidden_layers"], streams)
+        return lm_rows(shape, budget, 1, bits, used, vocab)
 
     def _described(self, name: str, folder: Path, bits: int) -> dict[str, Any]:
         """Bytes that a step reads, beside its target's or base's."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import quantspec
-from quantspec.benchmarks.scaled.config import INTERMEDIATES, SHARE, ScaleBench, model_bytes
+from quantspec.benchmarks.scaled.config import GROUP, INTERMEDIATES, SHARE, ScaleBench, lm_rows, model_bytes
 from quantspec.benchmarks.scaled.run import SUMMARY, run
 from quantspec.benchmarks.scaled.sheet import Dense, Noise, Packed, Sheet
 from quantspec.benchmarks.shapes import SHAPES
@@ -161,6 +161,13 @@ def test_a_mark_is_one_value_in_its_group(row: int, value: float) -> None:
 def test_presets_cost_an_eighth_to_a_ninth() -> None:
     for name, intermediate in INTERMEDIATES.items():
         assert 8 <= model_bytes(SHAPES[name], 4) / model_bytes(intermediate, 4) <= 9
+
+
+def test_an_lm_head_has_at_most_the_tokens_that_it_can_draft() -> None:
+    shape = SHAPES["70b"]
+    assert lm_rows(shape, 1e12, 1, 4, used=3072, vocab=4096) == shape.vocab - 1024
+    assert lm_rows(shape, 0, 1, 4, used=3000, vocab=4096) == 3200
+    assert lm_rows(SHAPES["1b"], 4e7, 1, 4, used=3072, vocab=4096) % GROUP == 0
 
 
 def test_the_family_says_what_it_is_and_heads_keep_to_their_share(tmp_path: Path) -> None:
