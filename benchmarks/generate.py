@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from quantspec.benchmarks.peers.process import Contender, PeerError, PeerProcess
 from quantspec.benchmarks.peers.protocol import Answer, Ask
 from quantspec.calibrate.stats import distinct_ngrams
 from quantspec.errors import ModelError
+from quantspec.kernels.machine import cores
 from quantspec.models import atomic
 from quantspec.models.config import read_config
 from quantspec.models.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ def run(
     fails, ``ResourceError`` for an output folder that cannot be written. Any other contender that fails has rows that
     say so.
     """
-    target, threads = generate_contenders.target_folder(config), config.threads or _cores()
+    target, threads = generate_contenders.target_folder(config), config.threads or cores()
     tokenizer, positions = Tokenizer(target), read_config(target).get("max_position_embeddings")
     prompts, left_out = read_prompts(config, tokenizer, positions)
     for line in left_out:
@@ -104,10 +104,6 @@ def _settings(
     names = [*(one.name for one in ours), *config.peer_names]
     chosen = {key: getattr(config, key) for key in keys}
     return {"version": quantspec.__version__, **chosen, "threads": threads, "contenders": names, "prompts": text}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Log:

@@ -35,6 +35,8 @@ class GenerateBench:
     """A head of the target or of the draft model (may be repeated); its own config says of which kind it is."""
     methods: tuple[str, ...] = ()
     """Which to measure, each with settings if wished; empty: all whose parts are there."""
+    profile: str | None = None
+    """What method auto decides by. Default: what quantspec tune has measured of this model on this machine."""
     peers: tuple[str, ...] = ()
     """Other engines, of ``PEERS``, or none. Empty: those of this machine that are usual."""
     llama_server: Path | None = None

@@ -17,6 +17,7 @@ from quantspec.benchmarks.peers import llama_cpp
 from quantspec.benchmarks.peers.process import Contender
 from quantspec.calibrate.cost.found import Found, find
 from quantspec.calibrate.export.config import ExportConfig
+from quantspec.engine.auto import AUTO
 from quantspec.engine.build import DEFAULT_TARGET, FAMILY, NEEDED
 from quantspec.engine.config import METHODS, EngineConfig, did_you_mean
 from quantspec.errors import QuantSpecError, Unavailable, UsageError
@@ -76,6 +77,8 @@ def methods(config: GenerateBench, threads: int, note: Note) -> list[Contender]:
     Raises ``UsageError`` for an unknown method or setting, or a method whose parts were not named.
     """
     there = find(config.model, config.draft_model, config.head, note)
+    if config.profile is not None:
+        there.append(Found(AUTO, {"method": AUTO, "profile": config.profile}))
     specs = config.methods or tuple(one.name for one in there)
     return [_ours(config, spec, there, threads) for spec in (PLAIN, *(spec for spec in specs if spec != PLAIN))]
 
@@ -86,6 +89,8 @@ def _ours(config: GenerateBench, spec: str, there: Sequence[Found], threads: int
     by_name = [one for one in there if one.name == name]
     by_method = [one for one in there if one.options.get("method") == name]
     found = next(iter((*by_name, *by_method)), None)
+    if found is None and name == AUTO:
+        raise UsageError("method auto needs a profile", hint="make one with quantspec tune, or name it with --profile")
     if found is None and name in METHODS:
         parts = " and ".join(f"--{part.replace('_', '-')}" for part in NEEDED[name])
         raise UsageError(f"method {name} lacks its parts", hint=f"name them with {parts}")

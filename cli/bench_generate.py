@@ -13,8 +13,10 @@ from quantspec.benchmarks.generate_config import PEERS, GenerateBench
 from quantspec.cli.bench_parts import NAMES, circumstances, json_option, try_folder
 from quantspec.cli.invocation import Invocation
 from quantspec.cli.options import assemble, options_from
+from quantspec.cli.places import with_profile
 from quantspec.cli.render import note, table
 from quantspec.cli.signals import Stop
+from quantspec.engine.config import EngineConfig
 from quantspec.errors import Interrupted, ModelError, VerificationError
 
 if TYPE_CHECKING:
@@ -48,6 +50,9 @@ def generate(invocation: Invocation, as_json: bool, **options: Any) -> None:
     installed, or fails, has rows that say so. Exit code 5: a text differs that must not; 3: a method failed.
     """
     config = assemble(GenerateBench, options)
+    if config.profile is None:
+        tuned = EngineConfig(model=config.model, method="auto", device=config.device, threads=config.threads)
+        config = replace(config, profile=with_profile(tuned).profile)
     if config.out is not None:
         from quantspec.models.atomic import make_folder
 

@@ -11,6 +11,7 @@ import torch
 
 import quantspec
 from quantspec.benchmarks.peers.protocol import Answer, Answerer, Ask, peak_memory, serve
+from quantspec.engine.auto import AUTO
 from quantspec.engine.llm import LLM
 from quantspec.engine.stats import Stats
 from quantspec.errors import ModelError
@@ -25,7 +26,7 @@ def load(options: Mapping[str, Any]) -> tuple[dict[str, Any], Answerer]:
     engine_options = {key: value for key, value in options.items() if key != "curve"}
     llm = quantspec.load(**engine_options, notice=notes.append)
     asked = engine_options["method"]
-    if asked != "auto" and llm.config.method != asked:
+    if asked != AUTO and llm.config.method != asked:
         raise ModelError(notes[-1])  # such as that the drafter did not fit into memory
     # A first run pays for caches, thread pools and what is compiled.
     llm.generate("Question:", SamplingParams(max_new_tokens=8, seed=0))

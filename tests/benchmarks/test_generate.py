@@ -47,6 +47,7 @@ class Cast:
 
 @pytest.fixture
 def cast(monkeypatch: pytest.MonkeyPatch) -> Cast:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")  # no profiles
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     cast = Cast()
     monkeypatch.setattr(generate_contenders, "methods", cast.methods)
@@ -169,6 +170,14 @@ def test_peers_may_get_fewer_prompts(cast: Cast) -> None:
     assert (slow.prompts, plain.prompts, slow.speedup) == (1, 2, 1.0)
 
 
+def test_auto_is_there_with_a_profile() -> None:
+    assert "auto" not in [one.name for one in methods(GenerateBench(), 2, silent)]
+    *_, auto = methods(GenerateBench(profile="p.json"), 2, silent)
+    assert (auto.name, auto.options["method"], auto.options["profile"]) == ("auto", "auto", "p.json")
+    with pytest.raises(UsageError, match="method auto needs a profile"):
+        methods(GenerateBench(methods=("auto",)), 2, silent)
+
+
 def test_methods_and_their_settings() -> None:
     names = [one.name for one in methods(GenerateBench(), 2, silent)]
     assert names[0] == "none"
@@ -215,7 +224,8 @@ def test_other_engines(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> Non
     assert missing.error == "transformers is not installed"
 
 
-def test_with_models(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_with_models(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out, options = tmp_path / "out", ("--methods", "lookup", "--peers", "transformers-fp32-lookup", "--json")
     assert cli(["bench", "generate", *FLAGS, "--limit", "1", "--rounds", "1", *options, "--out", str(out)]) == 0
     report = json.loads(capfd.readouterr().out)
