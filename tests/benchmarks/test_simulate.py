@@ -1,4 +1,4 @@
-"""What the simulator says of machines: figures that others published, the paper's ordering, tile edges; and of profiles:
+"""What the simulator says of machines: others' published figures, the paper's ordering, tile edges; and of profiles:
 what a planner that walks their traces says."""
 
 from __future__ import annotations
