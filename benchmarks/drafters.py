@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from quantspec.benchmarks.drafters_found import find
 from quantspec.benchmarks.equality import read_log
 from quantspec.calibrate.cost.found import PLAIN, Found
 from quantspec.calibrate.stats import Ratio, distinct_ngrams, quotient, ratio
+from quantspec.engine.build import equip, load_draft_model, with_parts
 from quantspec.engine.llm import LLM
 from quantspec.engine.request import Completion
 from quantspec.errors import ModelError, QuantSpecError, UsageError
 from quantspec.models import atomic
+from quantspec.models.base import CausalModel
 from quantspec.models.resolve import resolve
 from quantspec.types import SamplingParams
 
@@ -112,6 +115,7 @@ class _Bench:
 
     def __init__(self, config: DraftersBench, found: Sequence[Found], note: Note) -> None:
         self.config, self.llms = config, dict[str, LLM]()
+        self._draft_models: dict[str, CausalModel] = {}
         self.errors = {one.name: one.error for one in found if one.error}
         self.notes: dict[str, list[str]] = {one.name: [] for one in found}
         self._note, self._random = note, random.Random(config.seed)
@@ -122,10 +126,9 @@ class _Bench:
             note(f"{name} fails: {error}")
 
     def _load(self, one: Found) -> None:
-        config = self.config
-        options = {"method": PLAIN, **one.options, "device": config.device, "threads": config.threads}
+        options, notice = {"method": PLAIN, **one.options}, self.notes[one.name].append
         try:
-            llm = quantspec.load(config.model, notice=self.notes[one.name].append, **options)
+            llm = self._llm(options, notice)
             if llm.config.method != options["method"]:
                 raise ModelError(self.notes[one.name][-1])  # such as that it did not fit into memory
             # A first run pays for caches, thread pools and what is compiled.
@@ -135,6 +138,20 @@ class _Bench:
             if one.name == PLAIN:
                 raise
             self.errors[one.name] = _line(error)
+
+    def _llm(self, options: Mapping[str, Any], notice: Note) -> LLM:
+        """The target, loaded once, with the drafter of these options; a draft model is loaded once too."""
+        config = self.config
+        if PLAIN not in self.llms:
+            return quantspec.load(config.model, notice=notice, device=config.device, threads=config.threads, **options)
+        plain = self.llms[PLAIN]._engine
+        asked = with_parts(replace(plain.config, **options), notice)
+        assert plain.tokenizer is not None, "build loads one"
+        name = asked.draft_model
+        if name is not None and name not in self._draft_models:
+            self._draft_models[name] = load_draft_model(asked, notice)
+        draft = None if name is None else self._draft_models[name]
+        return LLM(equip(asked, plain.model, plain.tokenizer, notice, draft))
 
     def prompt(self, number: int, prompt: str, stop: Callable[[], bool]) -> Prompt | None:
         """All drafters on one prompt, or None where ``stop`` cut it short."""

@@ -17,6 +17,7 @@ from quantspec.benchmarks.config import DraftersBench
 from quantspec.benchmarks.drafters_found import find
 from quantspec.calibrate.cost.found import _more_heads
 from quantspec.cli.main import run as cli
+from quantspec.engine import build
 from quantspec.engine.llm import LLM
 from quantspec.errors import ModelError, UsageError
 from quantspec.models import atomic
@@ -63,6 +64,23 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text, notes = capfd.readouterr()
     assert "going on after 2 of 2 prompts" in notes
     assert f"{eagle['acceptance_length']:.2f} ({low:.2f}-{high:.2f})" in text
+
+
+def test_the_target_and_a_draft_model_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many drafters: each of the two models is, and all drafters run beside the same one."""
+    load_model, loaded = build.load_model, list[str]()
+
+    def counted(name: Path, **options: Any) -> Any:
+        loaded.append(name.name)
+        return load_model(name, **options)
+
+    monkeypatch.setattr(build, "load_model", counted)
+    config = DraftersBench(**QUICK, drafters=("draft", "eagle", "cascade"))
+    bench = drafters._Bench(config, find(config, lambda line: None), lambda line: None)
+    assert bench.errors == {}
+    assert loaded == ["target-w4", "intermediate-w4"]
+    assert len({id(llm._engine.model) for llm in bench.llms.values()}) == 1
+    assert [llm.config.method for llm in bench.llms.values()] == ["none", "draft", "eagle", "cascade"]
 
 
 def test_a_drafter_that_fails_has_a_row(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
