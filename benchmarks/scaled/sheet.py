@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantspec.errors import UsageError
 from quantspec.models.weights import to_dense
 from quantspec.numerics.affine import QuantizedWeight, quantize
 from quantspec.numerics.packing import pack_codes
 from quantspec.numerics.scheme import Scheme
 
 _WORD = 32
+_HINT = "scale it with --bits 16, which has no groups"
 
 
 class Sheet(Protocol):
@@ -99,7 +101,9 @@ class PackedSheet:
         size, old = self._scheme.group_size, weight.scheme.group(weight.codes.shape[1])
         for group in torch.unique(cols // size).tolist():
             inside = (cols // size == group).nonzero()[:, 0]
-            (source,) = torch.unique(inside // old).tolist()
+            source, *others = torch.unique(inside // old).tolist()
+            if others:
+                raise UsageError("groups of the small model's weights do not stay together in that shape", hint=_HINT)
             codes = torch.zeros(len(rows), size, dtype=torch.int8)
             codes[:, cols[inside] - group * size] = weight.codes[:, inside]
             self._write(rows, group, codes, weight.scale[:, source].to(self._scale.dtype))
