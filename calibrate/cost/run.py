@@ -35,7 +35,7 @@ from quantspec.engine.costs import (
     file_name,
 )
 from quantspec.engine.planner import Plan, rank
-from quantspec.errors import ModelError, ResourceError
+from quantspec.errors import ModelError, QuantSpecError, ResourceError
 from quantspec.models.fingerprint import fingerprint
 from quantspec.models.resolve import resolve
 
@@ -214,9 +214,10 @@ class _Tuning:
         curve = None
         if method == "cascade":
             try:
-                curve = self._intermediate(setting)
-            except ModelError as error:
+                self.bench.draft_model(setting)
+            except QuantSpecError as error:
                 return failed(setting, str(error))
+            curve = self._intermediate(setting)
         new_tokens = self.config.max_new_tokens
         return measure_drafter(self.bench, setting, self.prompts, new_tokens, plain, curve, seconds)
 
