@@ -23,6 +23,7 @@ import quantspec
 from quantspec.benchmarks import generate_contenders
 from quantspec.benchmarks.equality import read_log
 from quantspec.benchmarks.generate_config import GenerateBench
+from quantspec.benchmarks.generate_contenders import target_folder
 from quantspec.benchmarks.generate_figures import CURVE, Turn, report_of
 from quantspec.benchmarks.generate_prompts import Prompt, read_prompts
 from quantspec.benchmarks.generate_rows import PLAIN, Report
@@ -33,6 +34,7 @@ from quantspec.errors import ModelError
 from quantspec.kernels.machine import cores
 from quantspec.models import atomic
 from quantspec.models.config import read_config
+from quantspec.models.resolve import resolve
 from quantspec.models.tokenizer import Tokenizer
 
 LOG = "log.jsonl"
@@ -56,7 +58,7 @@ def run(
     fails, ``ResourceError`` for an output folder that cannot be written. Any other contender that fails has rows that
     say so.
     """
-    target, threads = generate_contenders.target_folder(config), config.threads or cores()
+    target, threads = target_folder(config), config.threads or cores()
     tokenizer, positions = Tokenizer(target), read_config(target).get("max_position_embeddings")
     prompts, left_out = read_prompts(config, tokenizer, positions)
     for line in left_out:
@@ -98,12 +100,26 @@ def _turns(config: GenerateBench, bench: Bench, log: Log, note: Note, stop: Call
 def _settings(
     config: GenerateBench, threads: int, prompts: Sequence[Prompt], ours: Sequence[Contender]
 ) -> dict[str, Any]:
-    """What a log must have in common with the run that goes on with it."""
+    """What a log must have in common with the run that goes on with it, the models' files among it."""
     keys = ("model", "max_new_tokens", "rounds", "peer_limit", "device", "seed")
-    text = hashlib.sha256(json.dumps([prompt.tokens for prompt in prompts]).encode()).hexdigest()
-    names = [*(one.name for one in ours), *config.peer_names]
     chosen = {key: getattr(config, key) for key in keys}
-    return {"version": quantspec.__version__, **chosen, "threads": threads, "contenders": names, "prompts": text}
+    names = [*(one.name for one in ours), *config.peer_names]
+    parts = {str(one.options[key]) for one in ours for key in ("draft_model", "head") if one.options.get(key)}
+    files = [_stamp(path) for path in (target_folder(config), *map(resolve, sorted(parts)))]
+    digests = {
+        "prompts": _digest([prompt.tokens for prompt in prompts]),
+        "models": _digest([files, [one.process_key for one in ours]]),
+    }
+    return {"version": quantspec.__version__, **chosen, "threads": threads, "contenders": names, **digests}
+
+
+def _stamp(path: Path) -> list[Any]:
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return [str(path), *[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Log:
