@@ -12,6 +12,7 @@ import click
 
 from quantspec.cli.memory import show_memory
 from quantspec.cli.options import Flag, KeyValue, assemble, options_from
+from quantspec.cli.places import with_profile
 from quantspec.cli.render import note, stage_colors, stats_line, use_color
 from quantspec.cli.signals import Stop
 from quantspec.engine.config import METHODS, MODES, EngineConfig
@@ -41,9 +42,13 @@ SAMPLING = {
 }
 ENGINE = {
     "model": Flag(("-m",), "Folder, GGUF file, hub id, or a member of the default family."),
-    "method": Flag(help="What proposes tokens. Default: the best the given parts allow.", metavar="|".join(METHODS)),
+    "method": Flag(
+        help="What proposes tokens. Default: auto once the model is tuned, else the best the given parts allow.",
+        metavar="|".join(METHODS),
+    ),
     "draft_model": Flag(("--spec-model",), "The draft model of method draft, the intermediate of method cascade."),
     "head": Flag(help="Folder of an EAGLE head, or of Medusa heads."),
+    "profile": Flag(help="What quantspec tune wrote. Default: that of this model on this machine.", metavar="FILE"),
     "num_speculative_tokens": Flag(("--num-draft-tokens", "--spec-tokens"), "Most draft tokens in one target forward."),
     "min_draft": Flag(help="Tokens that a cascade gathers before it asks the target."),
     "tree_nodes": Flag(help="Nodes of a cascade's tree."),
@@ -95,7 +100,7 @@ def generate(
     change how fast it comes, never what it says.
     """
     params = assemble(SamplingParams, options, n=num_samples)
-    config = _engine_config(ctx, options, speculative_config)
+    config = with_profile(_engine_config(ctx, options, speculative_config))
     if dry_run:
         asked = None if prompt is None and prompt_file is None else _read_prompt(prompt, prompt_file)
         return show_memory(config, params, asked, as_json=as_json)

@@ -277,8 +277,7 @@ class Budget:
     best first, while their scores together gain over their prices. 0 nodes ask for an empty draft.
 
     ``prices`` are those of rows 1, 2, ... from a cost curve (beyond them, and without them: ``min_score``).
-    ``level_price`` is what one more level of a tree costs: it must promise more, and it promises at most the scores of
-    its parents.
+    ``level_price`` is what one more level of a tree costs: it is not grown if it promises no more.
     """
 
     max_nodes: int

@@ -53,13 +53,15 @@ class _Level:
     stopped: bool = False
 
     def hungry(self, goal: int, budget: Budget) -> bool:
-        """Whether another round is due on the way to ``goal`` tokens: it is likely enough to pay for itself and the
-        row of a token."""
+        """Whether another round is due on the way to ``goal`` tokens: a token as sure as those before pays for it and
+        for a row."""
         have = len(self.drafted)
         if have >= goal or self.stopped or self.session.finish is not None:
             return False
-        price = budget.level_price + (budget.floors()[have] if budget.prices else 0.0)
-        return not price or math.prod(token.probability for token in self.drafted) > price
+        if not have or not budget.level_price:
+            return True
+        reached = math.prod(token.probability for token in self.drafted)
+        return reached ** (1 + 1 / have) > budget.level_price + (budget.floors()[have] if budget.prices else 0.0)
 
 
 @dataclass(slots=True)

@@ -122,7 +122,7 @@ class FeatureTree(ABC):
         if not depth:
             return EMPTY_DRAFT
         tau, width = self._tau(view.chain.params.temperature), min(self.options.top_k, view.vocab_size)
-        outputs, nodes, tree = self._fill(state, view.tokens), [-1], Tree()
+        outputs, nodes, tree, mass = self._fill(state, view.tokens), [-1], Tree(), 1.0
         # Of every expanded node: the tokens that lead to it, and the slots past the filled ones that it attends.
         paths: dict[int, tuple[int, ...]] = {-1: ()}
         columns: dict[int, tuple[int, ...]] = {-1: ()}
@@ -135,7 +135,8 @@ class FeatureTree(ABC):
                 break
             kept = promising(tree.log_scores, budget)
             grown = frontier(tree, start, kept, self.options.top_k, view.stop_ids)
-            if sum(math.exp(tree.log_scores[node]) for node in grown) <= budget.level_price:
+            above, mass = mass, sum(math.exp(tree.log_scores[node]) for node in grown)
+            if mass * mass <= budget.level_price * above:  # what the next level promises, if it keeps as much as this
                 break
             row = {node: i for i, node in enumerate(nodes)}
             parents = [tree.parents[node] for node in grown]

@@ -94,9 +94,14 @@ def price(config: EngineConfig, notice: Callable[[str], None]) -> memory.Load:
     return memory.price(*_resolved(config, notice)[:2])
 
 
+def target_folder(config: EngineConfig) -> Path:
+    """Where the target lies. Raises ``ModelError``."""
+    return resolve(DEFAULT_TARGET if config.model == "default" else config.model)
+
+
 def _resolved(config: EngineConfig, notice: Callable[[str], None]) -> tuple[EngineConfig, Path, Profile | None]:
     """The configuration with its method and parts named, the target's folder, and the profile that chose them."""
-    folder = resolve(DEFAULT_TARGET if config.model == "default" else config.model)
+    folder = target_folder(config)
     config, profile = auto.settle(config, folder, notice)
     asked, config = config.method, with_parts(config, notice)
     if asked is None and config.method == "eagle" and config.head and is_medusa(read_config(resolve(config.head))):

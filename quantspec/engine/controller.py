@@ -17,8 +17,8 @@ from quantspec.types import Budget, Verdict
 
 LOSS = 0.02
 """What trying may cost in the long run, of plain decoding's time."""
-CREDIT, SHARE = 4.0, 0.015
-"""What trying may cost before it has gained anything: so many plain steps, or that share of a short text's."""
+CREDIT, LEAST_CREDIT, SHARE = 4.0, 1.5, 0.02
+"""What trying may cost before it has gained anything, in plain steps: that share of the text's, within bounds."""
 STRIKES = 3
 """Texts in a row that lost: after so many, the next begins without drafting."""
 _RECENT, _DECAY = 0.95, 0.98  # of what turns drafting on and off, and of what sets its width
@@ -171,7 +171,8 @@ class Controller:
 
     @property
     def _credit(self) -> float:
-        return min(CREDIT, SHARE * self._new_tokens) / 2 ** min(self.lessons.strikes, STRIKES)
+        share = max(LEAST_CREDIT, min(CREDIT, SHARE * self._new_tokens))
+        return share / 2 ** min(self.lessons.strikes, STRIKES)
 
     def _look(self, context: int, batch: int) -> Costs:
         """Costs at that context and batch, those of drafts as they turn out here."""

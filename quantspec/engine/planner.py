@@ -116,12 +116,13 @@ def _steps(costs: Costs, trace: Trace, budget: Budget) -> Speed:
 
 
 def _levels(step: Step, budget: Budget) -> int:
-    """How many levels are grown: one more as long as its parents' scores together exceed its price."""
-    masses = [0.0] * max(step.depths, default=0)
+    """How many levels are grown: one more as long as it promises its price, if it keeps as much as the one before."""
+    masses = [1.0, *[0.0] * max(step.depths, default=0)]
     for score, depth in zip(step.scores, step.depths, strict=True):
-        masses[depth - 1] += score
-    most = min(len(masses), budget.max_depth)
-    return next((level for level in range(1, most) if masses[level - 1] <= budget.level_price), most)
+        masses[depth] += score
+    most = min(len(masses) - 1, budget.max_depth)
+    price = budget.level_price
+    return next((n for n in range(1, most) if masses[n] ** 2 <= price * masses[n - 1]), most)
 
 
 def _cascade(costs: Costs, trace: Trace, inner: Inner, options: Mapping[str, int], context: int) -> Speed:

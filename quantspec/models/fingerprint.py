@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 from quantspec.models.atomic import MANIFEST, sha256
@@ -19,5 +20,11 @@ def fingerprint(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         known = {}
     files = parts_of(folder) if is_gguf(folder) else checkpoint_files(folder)
-    sums = [known.get(path.name) or sha256(path) for path in files]
+    sums = [known.get(path.name) or _sum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+@cache
+def _sum(path: Path, size: int, modified: int) -> str:
+    """Of a file that has this size and time; large ones take seconds."""
+    return sha256(path)

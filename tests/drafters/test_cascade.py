@@ -276,7 +276,9 @@ def test_a_round_that_promises_less_than_it_costs_is_not_run() -> None:
     model = TableModel(VOCAB, seed=8)
     drafter, view = cascade(model, min_draft=6), view_of([0, 1])
     whole = drafter.propose([drafter.open(view)], [view], [Budget(9, 9)])[0]
-    price = (whole.scores[1] + whole.scores[2]) / 2
+    promised = [score ** (1 + 1 / k) for k, score in enumerate(whole.scores, 1)]
+    price = (promised[1] + promised[2]) / 2
+    assert promised[0] > price > promised[2]
     before = model.forwards
     assert len(drafter.propose([drafter.open(view)], [view], [Budget(9, 9, level_price=price)])[0]) == 3
     assert model.forwards == before + 3

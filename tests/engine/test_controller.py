@@ -52,7 +52,7 @@ class World:
             self.unread += 1
             return Verdict((), (), 0, (0,), ("target",)), 0.0, costs.verify[0]
         self.drafts += 1
-        scores, floors = list[float](), [0.0, *budget.floors(), 0.0]
+        scores, floors = list[float](), budget.floors()
         score, claimed = 1.0, self.claimed(self.position)
         while (
             len(scores) < min(budget.max_nodes, budget.max_depth) and score > budget.level_price + floors[len(scores)]
