@@ -14,7 +14,7 @@ from quantspec.types import Draft, Verdict
 
 WIDTHS = (4, 8, 16, 32, 63)
 _STEPS, _ROUNDS = 500, 7
-_CURVE = CostCurve((0, 1024, 4096), (1, 2, 4, 8, 16, 64), ((0.025, 0.025, 0.033, 0.065, 0.12, 0.48),) * 3)
+_CURVE = CostCurve((0, 1024, 4096), (1, 2, 4, 8, 16, 64), ((0.025, 0.025, 0.025, 0.026, 0.027, 0.05),) * 3)
 
 
 def microseconds(nodes: int) -> float:
@@ -28,7 +28,7 @@ def microseconds(nodes: int) -> float:
         began = process_time()
         for step in range(_STEPS):
             controller.budget(100 + 3 * step)
-            controller.take(verdict, 4e-3, 0.05)
+            controller.take(verdict, 8e-3, 0.026)
         rounds.append((process_time() - began) / _STEPS)
     return 1e6 * min(rounds)
 
