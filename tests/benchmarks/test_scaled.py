@@ -11,7 +11,7 @@ import quantspec
 from quantspec.benchmarks.scaled.config import GROUP, INTERMEDIATES, SHARE, ScaleBench, lm_rows, model_bytes
 from quantspec.benchmarks.scaled.run import SUMMARY, run
 from quantspec.benchmarks.scaled.sheet import Dense, Noise, Packed, Sheet
-from quantspec.benchmarks.shapes import SHAPES
+from quantspec.benchmarks.shapes import SHAPES, parse_shape
 from quantspec.calibrate.export.gguf import export_gguf
 from quantspec.errors import UsageError
 from quantspec.models.load import load_model
@@ -29,7 +29,8 @@ ODD = "8b,hidden=512,inner=768,layers=8,heads=4,kv_heads=2,vocab=4224,tied=0"
 
 
 def scale(out: Path, shape: str = TARGET, bits: int = 4, only: tuple[str, ...] = ()) -> Path:
-    run(ScaleBench(out, shape, INTERMEDIATE if shape == TARGET else ODD, bits, only=only), lambda line: None)
+    intermediate = f"{INTERMEDIATE},vocab={parse_shape(shape).vocab}"
+    run(ScaleBench(out, shape, intermediate, bits, only=only), lambda line: None)
     return out
 
 
