@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,9 +28,11 @@ from quantspec.calibrate.train.state import atomic_tensors
 from quantspec.errors import ModelError, UsageError
 from quantspec.models.atomic import make_folder
 from quantspec.models.fingerprint import fingerprint as fingerprint
+from quantspec.models.tensors import TensorStore
 from quantspec.models.tokenizer import Tokenizer
 from quantspec.types import Tap
 
+_CHECKED = 4096  # rows of features in memory at a time
 _COLUMNS = ("ids", "features", "starts", "prompt_lens", "temperatures")
 
 
@@ -158,12 +160,50 @@ def write_rollouts(path: Path, texts: list[Rollout], model: str, spoken: Mapping
     atomic_tensors(path, tensors, {"model": model, **(spoken or {})})
 
 
+class Rows(Protocol):
+    """A matrix [n, width] of which runs of rows are taken, as a tensor is."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
+
+
+class StoredRows:
+    """The tensors `name` of several files, one below the other, of which only the rows asked for are read."""
+
+    def __init__(self, files: Sequence[TensorStore], name: str) -> None:
+        """Raises `ModelError`: they do not stand below each other."""
+        shapes = [file.shape(name) for file in files]
+        if any(len(shape) != 2 or shape[1] != shapes[0][-1] for shape in shapes):
+            raise ModelError(f"{files[0].folder} holds {name} of shapes {shapes}", hint="write them again")
+        self._files, self._name = list(files), name
+        self._ends = np.cumsum([shape[0] for shape in shapes]).tolist()
+        self.shape = (int(self._ends[-1]), int(shapes[0][1]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        start, stop, _ = rows.indices(len(self))
+        found, first = [], 0
+        for file, end in zip(self._files, self._ends, strict=True):
+            asked = range(max(start, first) - first, min(stop, end) - first)
+            if asked or file is self._files[0]:  # the first gives the type where nothing is asked for
+                found.append(file.rows(self._name, asked))
+            first = end
+        return torch.cat(found)
+
+
 @dataclass(frozen=True)
 class Rollouts:
-    """Texts joined end to end: `ids [n]`, `features [n, hidden]`; text i lies at `starts[i]:starts[i + 1]`."""
+    """Texts joined end to end: `ids [n]`, `features [n, hidden]`; text i lies at `starts[i]:starts[i + 1]`. Features
+    take most of the room, and may stay in their files."""
 
     ids: torch.Tensor
-    features: torch.Tensor
+    features: Rows
     starts: torch.Tensor
     prompt_lens: torch.Tensor
     temperatures: torch.Tensor
@@ -215,14 +255,16 @@ class Batch:
 def read_rollouts(folder: Path) -> Rollouts:
     """All parts of a folder as one. Raises `ModelError` where there is none, for a part that is damaged or lacks a
     column, and for parts that two models wrote."""
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in _COLUMNS}
-    origins: list[dict[str, str]] = []
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in _COLUMNS if name != "features"}
+    origins, files = list[dict[str, str]](), list[TensorStore]()
     for path in sorted(folder.glob("part-*.safetensors")):
         try:
             with safe_open(str(path), "pt") as handle:
                 origins.append(handle.metadata())
-                for name in _COLUMNS:
-                    parts[name].append(handle.get_tensor(name))
+                for name, column in parts.items():
+                    column.append(handle.get_tensor(name))
+            files.append(TensorStore(folder, [path]))
+            files[-1].info("features")
         except Exception as error:
             raise ModelError(f"{path} holds no rollouts: {error}", hint="write them again") from error
     if not origins:
@@ -231,8 +273,10 @@ def read_rollouts(folder: Path) -> Rollouts:
         raise ModelError(f"the rollouts in {folder} were written by different models", hint="use a folder for each")
     lens = torch.cat([starts[1:] - starts[:-1] for starts in parts.pop("starts")])
     columns = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    features = StoredRows(files, "features")
     spoken = {key: value for key, value in origins[-1].items() if key not in ("model", "format")}
-    texts = Rollouts(**columns, starts=F.pad(lens.cumsum(0), (1, 0)), model=origins[0]["model"], spoken=spoken)
+    starts = F.pad(lens.cumsum(0), (1, 0))
+    texts = Rollouts(**columns, features=features, starts=starts, model=origins[0]["model"], spoken=spoken)
     flaw = _flaw(texts)
     if flaw:
         raise ModelError(f"the rollouts in {folder} are damaged: {flaw}", hint="write them again")
@@ -248,7 +292,8 @@ def _flaw(texts: Rollouts) -> str | None:
         return "a prompt that is empty, or longer than its text"
     if int(texts.ids.min()) < 0:
         return "a token below 0"
-    if not bool(torch.isfinite(texts.features).all()):
+    firsts = range(0, len(texts.features), _CHECKED)
+    if not all(bool(torch.isfinite(texts.features[first : first + _CHECKED]).all()) for first in firsts):
         return "features that are not finite"
     return None
 

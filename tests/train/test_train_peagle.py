@@ -13,7 +13,7 @@ from train_helpers import RUN, quick
 from quantspec.calibrate.train.checkpoint import load_net
 from quantspec.calibrate.train.config import Eagle3Config, PEagleConfig
 from quantspec.calibrate.train.features import OnlineFeatures
-from quantspec.calibrate.train.methods import peagle
+from quantspec.calibrate.train.methods import peagle, peagle_rows
 from quantspec.calibrate.train.methods.eagle3 import Eagle3Method
 from quantspec.calibrate.train.methods.peagle import PEagleMethod
 from quantspec.calibrate.train.methods.peagle_rows import AnchoredMask, parts, sample
@@ -32,9 +32,13 @@ def drawn(slots: int = 40, seed: int = 1, keep: float = 0.8) -> torch.Tensor:
 # --- elements ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("table", [True, False])
 @pytest.mark.parametrize("slots", [1, 5, 12])
-def test_the_mask_is_the_rule_of_every_pair(slots: int) -> None:
-    """A sample of a text no longer than the mask's, beside one with less of it and padding behind."""
+def test_the_mask_is_the_rule_of_every_pair(slots: int, table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample of a text no longer than the mask's, beside one with less of it and padding behind; by a table, and
+    without one, as texts too long for a table have it."""
+    monkeypatch.setattr(peagle_rows, "MOST_ENTRIES", (12 * DEPTHS) ** 2 - (not table))
+    assert (AnchoredMask(12, DEPTHS).table is not None) == table
     whole = drawn(slots)
     batch = torch.stack([whole, whole.clone()])
     batch[1, len(whole) // 2 + 1 :] = -1

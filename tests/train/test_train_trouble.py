@@ -18,7 +18,7 @@ from quantspec.calibrate.train.config import Eagle3Config, LMConfig, RolloutConf
 from quantspec.calibrate.train.corpus import documents
 from quantspec.calibrate.train.events import crc32c
 from quantspec.calibrate.train.methods import eagle3
-from quantspec.calibrate.train.rollout import read_rollouts
+from quantspec.calibrate.train.rollout import Rollout, read_rollouts, write_rollouts
 from quantspec.errors import ModelError
 
 
@@ -105,6 +105,24 @@ def test_rollouts_that_contradict_themselves_are_refused(texts: Path, tmp_path: 
     save_file(tensors, tmp_path / part.name, {"model": "1"})
     with pytest.raises(ModelError, match=message):
         read_rollouts(tmp_path)
+
+
+def test_features_stay_in_their_files(tmp_path: Path) -> None:
+    """Rows of several parts are those that were written, over the parts' ends too, and read when they are asked for."""
+    ids, rows = torch.arange(20).int(), torch.randn(20, 8, generator=torch.Generator().manual_seed(0)).half()
+    texts = [Rollout(ids[a:b], rows[a:b], 2, 0.0) for a, b in ((0, 5), (5, 9), (9, 20))]
+    for number, part in enumerate((texts[:2], texts[2:])):
+        write_rollouts(tmp_path / f"part-{number}.safetensors", part, "model")
+    found = read_rollouts(tmp_path)
+    assert (len(found.features), tuple(found.features.shape)) == (20, (20, 8))
+    for span in (slice(0, 20), slice(3, 15), slice(9, 12), slice(20, 25), slice(4, 4)):
+        assert found.features[span].equal(rows[span])
+    batch = found.batch([2, 0])
+    assert batch.features[0].half().equal(rows[9:20])
+    assert batch.features[1, :5].half().equal(rows[:5])
+    (tmp_path / "part-1.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="ended inside tensor features"):
+        found.batch([2])
 
 
 def test_tokens_that_the_base_has_not_are_refused(model: Path, texts: Path, tmp_path: Path) -> None:

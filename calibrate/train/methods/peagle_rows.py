@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import torch
 
+MOST_ENTRIES = 2**26
+"""Of a table that is made once, a byte each."""
+
 
 class AnchoredMask:
-    """Which elements see which others, made once for the longest text: `table` bool [length * depths, same].
+    """Which elements see which others, made once for the longest text: `table` bool [length * depths, same], or None
+    where that would have more than `MOST_ENTRIES`: then each part's mask is made of its own elements.
 
     An element sees all of depth 0 up to its anchor, and those of its own anchor up to itself. The rule speaks of
     anchors alone, so a shorter text's mask is the table's top left corner, and a sample's are some of its rows.
@@ -19,15 +23,24 @@ class AnchoredMask:
 
     def __init__(self, length: int, depths: int) -> None:
         self.length, self.depths = length, depths
-        anchor, depth = torch.arange(length).repeat_interleave(depths), torch.arange(depths).repeat(length)
-        context = (depth == 0) & (anchor <= anchor[:, None])
-        self.table = context | (anchor == anchor[:, None]) & (depth <= depth[:, None])
+        fits = (length * depths) ** 2 <= MOST_ENTRIES
+        self.table = _sees(torch.arange(length * depths), depths) if fits else None
 
     def of(self, elements: torch.Tensor) -> torch.Tensor:
         """Bool [B, R, R] of elements [B, R], -1 for padding, which nobody sees and which sees element 0."""
-        device, rows = elements.device, elements.clamp_min(0)
-        self.table = self.table.to(device)
-        return self.table[rows[:, :, None], rows[:, None]] & (elements >= 0)[:, None]
+        rows, seen = elements.clamp_min(0), (elements >= 0)[:, None]
+        if self.table is None:
+            return _sees(rows, self.depths) & seen
+        self.table = self.table.to(elements.device)
+        return self.table[rows[:, :, None], rows[:, None]] & seen
+
+
+def _sees(elements: torch.Tensor, depths: int) -> torch.Tensor:
+    """Bool [.., R, R]: row i is what element i of [.., R] sees."""
+    anchor, depth = elements // depths, elements % depths
+    own = anchor[..., None, :] == anchor[..., None]
+    sees = (depth[..., None, :] <= depth[..., None]).logical_and_(own)
+    return sees.logical_or_((anchor[..., None, :] <= anchor[..., None]).logical_and_(depth[..., None, :] == 0))
 
 
 def sample(
