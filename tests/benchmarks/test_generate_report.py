@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -17,9 +18,14 @@ from quantspec.benchmarks.plot import why_not
 TREE = "eagle:num_speculative_tokens=8:tree_depth=4"
 
 
-def _row(task: str, method: str, speed: float, **more: object) -> Row:
+def _row(task: str, method: str, speed: float, **more: Any) -> Row:
     intervals = {"tokens_per_second": (0.9 * speed, 1.1 * speed), "speedup": (0.9 * speed / 40, 1.1 * speed / 40)}
-    figures = {"tokens_per_second": speed, "speedup": speed / 40, "equal_to_plain": True, "intervals": intervals}
+    figures: dict[str, Any] = {
+        "tokens_per_second": speed,
+        "speedup": speed / 40,
+        "equal_to_plain": True,
+        "intervals": intervals,
+    }
     return Row(task=task, method=method, **{**figures, **more})
 
 
@@ -65,7 +71,7 @@ def test_charts_hold_what_the_rows_say() -> None:
     assert accepted is not None
     assert accepted.lines[0].points == ((1.0, 0.8), (2.0, 0.5), (3.0, 0.2))
     assert costs is not None
-    assert costs.lines[0].points[-1] == (8.0, pytest.approx(2.4))
+    assert costs.lines[0].points[-1] == pytest.approx((8.0, 2.4))
 
 
 def test_one_task_is_not_drawn_twice() -> None:
