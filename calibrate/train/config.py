@@ -225,6 +225,9 @@ class Eagle3Config(DrafterConfig):
     """Tokens that the head can draft: the commonest of the rollouts' answers; 0: all."""
     keep_lm_head: bool = False
     """The LM head stays the base's own rows, as an EAGLE-2 head's does: a small head learns more with them elsewhere."""
+    feature_weight: float = 0.0
+    """Weight of SmoothL1 between the head's outputs and the base's own features, as an EAGLE-2 head learns: short
+    trainings learn more from it."""
     layer_ids: tuple[int, ...] = ()
     """Layers after which the base is tapped, from 0; empty: 1, half, and three before the last."""
     fc_norm: bool = False

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import smooth_l1_loss
 from train_helpers import TINY
 
 from quantspec.calibrate.train.checkpoint import fake_quantize, load_net
@@ -119,13 +120,14 @@ def batch_of(method: Eagle3Method, texts: Rollouts) -> Batch:
     return OnlineFeatures(method.base, method.taps, own=True).fill(texts.batch([0, 1]))
 
 
-def test_the_loss_is_that_of_loops_over_texts_slots_and_steps(model: Path, texts: Rollouts) -> None:
-    method = method_of(model, texts, draft_vocab_size=200)
+@pytest.mark.parametrize("weight", [0.0, 10.0])
+def test_the_loss_is_that_of_loops_over_texts_slots_and_steps(model: Path, texts: Rollouts, weight: float) -> None:
+    method = method_of(model, texts, draft_vocab_size=200, feature_weight=weight)
     with torch.no_grad():
         for p in method.net.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(7)) * 0.05)
     loss, metrics = method.loss(batch_of(method, texts), 0.5, torch.Generator())
-    head, losses, hits = generating(method.net), [[], [], []], [[], [], []]
+    head, losses, hits, apart = generating(method.net), [[], [], []], [[], [], []], [[], [], []]
     for text in range(2):
         batch = texts.batch([text])
         length, prompt = int(batch.lens[0]), int(batch.prompt_lens[0])
@@ -146,11 +148,14 @@ def test_the_loss_is_that_of_loops_over_texts_slots_and_steps(model: Path, texts
                         output = head.forward(output, embedded[one], one, kv, slot + step, torch.zeros(1, 1))
                     logits, choice = head.logits(output)[0], int(truth[at].argmax())
                     hits[step].append(int(method.ids[logits.argmax()]) == choice)
+                    normed = method.net.norm(output[0])
+                    apart[step].append(float(smooth_l1_loss(normed, batch.features[0, at])))
                     if choice in method.ids:
                         label = truth[at][method.ids].softmax(-1)
                         losses[step].append(-float((label * logits.log_softmax(-1)).sum()))
     assert any(len(a) != len(b) for a, b in zip(losses, hits, strict=True))  # the vocabulary lacks some choices
-    expected = sum(0.8**step * sum(each) / len(each) for step, each in enumerate(losses))
+    means = [sum(a) / len(a) + weight * sum(b) / len(b) for a, b in zip(losses, apart, strict=True)]
+    expected = sum(0.8**step * mean for step, mean in enumerate(means))
     assert float(loss) == pytest.approx(expected, rel=1e-4)  # means in fp32, in another order
     assert [metrics[f"accuracy.{step}"] for step in range(3)] == pytest.approx([sum(h) / len(h) for h in hits])
 

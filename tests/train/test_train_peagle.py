@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import smooth_l1_loss
 from train_helpers import RUN, quick
 
 from quantspec.calibrate.train.checkpoint import load_net
@@ -123,7 +124,7 @@ def gradients(method: PEagleMethod, batch: Batch) -> tuple[float, dict[str, torc
 
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_parts_give_the_gradients_of_the_whole(model: Path, texts: Rollouts, count: int) -> None:
-    method = method_of(model, texts, draft_vocab_size=200, fc_norm=True)
+    method = method_of(model, texts, draft_vocab_size=200, fc_norm=True, feature_weight=3.0)
     batch = batch_of(method, texts)
     loss, whole, metrics = gradients(method, batch)
     assert len(whole) == len(list(method.net.parameters()))
@@ -135,9 +136,10 @@ def test_parts_give_the_gradients_of_the_whole(model: Path, texts: Rollouts, cou
         assert float((split[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name  # the promise
 
 
-def test_the_loss_is_that_of_loops_over_texts_and_elements(model: Path, texts: Rollouts) -> None:
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_the_loss_is_that_of_loops_over_texts_and_elements(model: Path, texts: Rollouts, weight: float) -> None:
     """Each element alone with what it sees, which must not depend on what else was drawn."""
-    method = method_of(model, texts, draft_vocab_size=200)
+    method = method_of(model, texts, draft_vocab_size=200, feature_weight=weight)
     loss, metrics = method.loss(batch_of(method, texts), 0.5, torch.Generator().manual_seed(3))
     generator, losses, right = torch.Generator().manual_seed(3), [], {}
     for text in range(3):
@@ -150,9 +152,12 @@ def test_the_loss_is_that_of_loops_over_texts_and_elements(model: Path, texts: R
                 continue
             seen = [a * DEPTHS for a in range(anchor)] + [anchor * DEPTHS + d for d in range(depth + 1)]
             with torch.no_grad():
-                logits = method.net.lm_head(method._outputs_of(batch, torch.tensor([seen]))[0, -1])
+                output = method._outputs_of(batch, torch.tensor([seen]))[0, -1]
+                apart = float(smooth_l1_loss(output, batch.features[0, anchor + depth + 1]))
+                logits = method.net.lm_head(output)
                 truth = method.base.head(batch.features[0, anchor + depth + 1])
-            losses.append(-float((truth[method.ids].softmax(-1) * logits.log_softmax(-1)).sum()))
+            cross = -float((truth[method.ids].softmax(-1) * logits.log_softmax(-1)).sum())
+            losses.append(cross + weight * apart)
             right[text, anchor, depth] = int(method.ids[logits.argmax()]) == int(truth.argmax())
     assert float(loss.detach()) == pytest.approx(sum(losses) / len(losses), rel=1e-4)  # means in fp32, in another order
     for depth in range(DEPTHS):

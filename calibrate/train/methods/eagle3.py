@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from quantspec.calibrate.train import workers
 from quantspec.calibrate.train.checkpoint import llama_config
@@ -81,40 +82,45 @@ class Eagle3Method:
     def loss(self, batch: Batch, progress: float, noise: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         """Mean loss of every draft step against the base's distribution on the draft vocabulary, discounted."""
         steps = self.config.unroll if progress >= self.config.unroll_from else 1
+        weight = self.config.feature_weight
         total, metrics = torch.zeros((), device=batch.ids.device), {}
-        for j, (truth, guess) in enumerate(self._chains(batch, steps)):
-            choice = truth.argmax(-1)
+        for j, (features, output) in enumerate(self._chains(batch, steps)):
+            with torch.no_grad():
+                truth = self.base.head(features).float()
+            guess, choice = self.net.lm_head(output).float(), truth.argmax(-1)
             known = self.drafted[choice]
             labels = truth[known][:, self.ids].softmax(-1)
-            total = total + self.config.step_decay**j * mean_loss(self.config.loss, guess[known], labels)
+            soft = mean_loss(self.config.loss, guess[known], labels)
+            if weight:
+                apart = F.smooth_l1_loss(output, features, reduction="none").mean(-1)
+                soft = soft + weight * apart.sum() / max(1, len(apart))
+            total = total + self.config.step_decay**j * soft
             # A token that the head cannot say is a miss all the same.
             hits = self.ids[guess.detach().argmax(-1)] == choice
             metrics[f"accuracy.{j}"] = float(hits.float().mean())
         return total, metrics
 
-    def _chains(self, batch: Batch, steps: int) -> Iterator[Guess]:
-        """Per draft step, logits [n, V] of the base and [n, draft vocabulary] of the head for the same generated
-        tokens: those of chains that start where generation would start one."""
+    def _chains(self, batch: Batch, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Per draft step, features [n, hidden] of the base and normed outputs [n, hidden] of the head for the same
+        generated tokens: those of chains that start where generation would start one."""
         count = batch.ids.shape[1] - 1
         starts, ends = batch.prompt_lens - 2, batch.lens - 2  # the last token was never fed, and nothing follows it
         most = int((ends - starts).max())
         slots = (starts[:, None] + torch.arange(most, device=starts.device)).clamp(0, count - 1)
         embedded = self.base.model.embed_tokens(batch.ids[:, 1:])
         state = self.net.fuse([batch.streams[tap][:, :-1] for tap in self.taps])
-        with torch.no_grad():
-            truth = self.base.head(batch.features[:, 1:]).float()
         for j, output in enumerate(self.net.unrolled(embedded, state, steps, slots)):
             real = (starts[:, None] + torch.arange(most, device=starts.device)) < ends[:, None] - j
             rows = real.nonzero()
-            at = slots[real] + j
-            yield truth[rows[:, 0], at], self.net.lm_head(output[real]).float()
+            yield batch.features[rows[:, 0], slots[real] + j + 1], output[real]
 
     @torch.no_grad()
     def guesses(self, batch: Batch) -> Iterator[Guess]:
         """See `trainer.Method`."""
-        for truth, logits in self._chains(batch, max(2, self.config.unroll)):
+        for features, output in self._chains(batch, max(2, self.config.unroll)):
+            truth = self.base.head(features).float()
             guess = torch.full_like(truth, -torch.inf)
-            guess[:, self.ids] = logits
+            guess[:, self.ids] = self.net.lm_head(output).float()
             yield truth, guess
 
     def save(self, out: Path, tau: Mapping[str, float]) -> None:

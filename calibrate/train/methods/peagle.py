@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from quantspec.calibrate.train import workers
 from quantspec.calibrate.train.config import PEagleConfig
@@ -129,17 +130,23 @@ class PEagleMethod(Eagle3Method):
     ) -> torch.Tensor:
         """Summed over the part's own elements; notes in `hits [B, S, depths]` which ones guessed the base's choice."""
         counted = own & self._judged(elements, wanted)
-        guess = self.net.lm_head(self._outputs_of(batch, elements)[counted]).float()
+        outputs = self._outputs_of(batch, elements)[counted]
+        guess = self.net.lm_head(outputs).float()
         text, row = counted.nonzero(as_tuple=True)
         anchor, depth = elements[text, row] // self.config.depths, elements[text, row] % self.config.depths
         width = batch.ids.shape[1]
         asked, which = (text * width + anchor + depth + 1).unique(return_inverse=True)
         with torch.no_grad():
-            logits = self.base.head(batch.features.flatten(0, 1)[asked]).float()
+            features = batch.features.flatten(0, 1)[asked]
+            logits = self.base.head(features).float()
             right = self.ids[guess.argmax(-1)] == logits.argmax(-1)[which]
             hits[text.cpu(), anchor.cpu(), depth.cpu()] = right.to("cpu", torch.int8)
             labels = logits[:, self.ids].softmax(-1)
-        return LOSSES[self.config.loss](guess, labels[which]).sum()
+        total = LOSSES[self.config.loss](guess, labels[which]).sum()
+        if self.config.feature_weight:
+            apart = F.smooth_l1_loss(outputs, features[which], reduction="none")
+            total = total + self.config.feature_weight * apart.mean(-1).sum()
+        return total
 
     def _outputs_of(self, batch: Batch, elements: torch.Tensor) -> torch.Tensor:
         """Normed outputs [B, R, hidden] of elements [B, R]."""
