@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -59,14 +59,31 @@ class FeatureState:
     """
 
     kv: Tensor
-    features: Tensor
+    _features: Tensor
     base: int = 0
     filled: int = 0
+    _newest: list[Tensor] = field(default_factory=list)
+    """Not joined to the others before somebody looks: while nothing is drafted, nobody does."""
+
+    @property
+    def features(self) -> Tensor:
+        """``[count - base, width]``."""
+        if self._newest:
+            self._features, self._newest = torch.cat((self._features, *self._newest)), []
+        return self._features
+
+    @features.setter
+    def features(self, rows: Tensor) -> None:
+        self._features, self._newest = rows, []
+
+    def add(self, rows: Tensor) -> None:
+        """Features of the next tokens."""
+        self._newest.append(rows)
 
     @property
     def count(self) -> int:
         """True features seen so far."""
-        return self.base + self.features.shape[0]
+        return self.base + len(self._features) + sum(map(len, self._newest))
 
 
 class FeatureTree(ABC):
@@ -186,7 +203,7 @@ class FeatureTree(ABC):
         )
 
     def observe(self, state: FeatureState, verdict: Verdict) -> None:
-        state.features = torch.cat((state.features, self._features(verdict.taps)))
+        state.add(self._features(verdict.taps))
 
     def truncate(self, state: FeatureState, length: int) -> None:
         # Slot length-1 goes too, for its token was taken back; its feature stays, to be paired with the next token.
