@@ -224,7 +224,7 @@ class Eagle3Config(DrafterConfig):
     draft_vocab_size: int = 0
     """Tokens that the head can draft: the commonest of the rollouts' answers; 0: all."""
     keep_lm_head: bool = False
-    """The LM head stays the base's own rows, as an EAGLE-2 head's does: a small head learns more with them elsewhere."""
+    """The LM head stays the base's own rows, as an EAGLE-2 head's does: what is trained lies elsewhere."""
     feature_weight: float = 0.0
     """Weight of SmoothL1 between the head's outputs and the base's own features, as an EAGLE-2 head learns: short
     trainings learn more from it."""
