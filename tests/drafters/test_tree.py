@@ -2,7 +2,7 @@ import math
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantspec.drafters.tree import Tree, assemble, frontier, promising, rerank
@@ -34,6 +34,7 @@ def test_expand_adds_the_parents_score_and_never_exceeds_it() -> None:
 
 
 @given(trees(), st.integers(0, 8))
+@settings(deadline=None)
 def test_rerank_is_closed_under_ancestors(tree: Tree, max_nodes: int) -> None:
     kept = rerank(tree.log_scores, Budget(max_nodes, 9))
     assert kept == sorted(set(kept))
@@ -42,6 +43,7 @@ def test_rerank_is_closed_under_ancestors(tree: Tree, max_nodes: int) -> None:
 
 
 @given(trees(), st.integers(1, 6))
+@settings(deadline=None)
 def test_rerank_equals_brute_force_over_all_subtrees(tree: Tree, max_nodes: int) -> None:
     scores = [math.exp(s) for s in tree.log_scores]
     closed = (
@@ -56,6 +58,7 @@ def test_rerank_equals_brute_force_over_all_subtrees(tree: Tree, max_nodes: int)
 
 
 @given(trees(), st.floats(0.0, 1.0), st.integers(1, 8))
+@settings(deadline=None)
 def test_rerank_keeps_exactly_what_pays_a_flat_price(tree: Tree, price: float, max_nodes: int) -> None:
     kept = rerank(tree.log_scores, Budget(max_nodes, 9, min_score=price))
     paying = [i for i, score in enumerate(tree.log_scores) if math.exp(score) > price]
@@ -74,6 +77,7 @@ def test_rerank_buys_a_row_that_the_next_ones_pay_for() -> None:
 
 
 @given(trees(), st.lists(st.floats(0.0, 1.0), max_size=8), st.integers(1, 6))
+@settings(deadline=None)
 def test_what_is_not_promising_is_never_worth_it(tree: Tree, prices: list[float], max_nodes: int) -> None:
     budget = Budget(max_nodes, 9, prices=tuple(prices))
     assert set(rerank(tree.log_scores, budget)) <= set(promising(tree.log_scores, budget))
@@ -95,6 +99,7 @@ def test_frontier_takes_the_best_kept_nodes_of_the_new_level_and_skips_leaves() 
 
 
 @given(trees(), st.integers(1, 5))
+@settings(deadline=None)
 def test_growing_only_the_frontier_loses_nothing(tree: Tree, max_nodes: int) -> None:
     """No descendant of a node outside the best can enter them, whatever is grown later."""
     kept = rerank(tree.log_scores, Budget(max_nodes, 9))

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantspec.engine.costs import (
@@ -114,6 +114,7 @@ def test_acceptance_by_position_counts_only_steps_that_got_there() -> None:
     st.lists(st.floats(0, 0.5), max_size=12),
     st.integers(0, 12),
 )
+@settings(deadline=None)
 def test_the_nodes_worth_keeping_gain_most(scores: list[float], prices: list[float], most: int) -> None:
     budget = Budget(most, 9, min_score=0.1, prices=tuple(prices))
     gains = [0.0]

@@ -104,6 +104,7 @@ def test_edges_are_counted_per_sequence_of_a_batch() -> None:
     st.lists(st.floats(0.01, 1.0), min_size=1, max_size=7).map(lambda scores: sorted(scores, reverse=True)),
     st.lists(st.floats(0.0, 0.6), min_size=7, max_size=7),
 )
+@settings(deadline=None)
 def test_dinkelbach_finds_the_best_ratio_that_brute_force_does(scores: list[float], rises: list[float]) -> None:
     verify = [1.0]
     for rise in rises:
