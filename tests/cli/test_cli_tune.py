@@ -23,13 +23,14 @@ def prompts(tmp_path: Path) -> Path:
 
 def test_a_profile_and_its_explanation(call, tiny: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.json"
-    options = (*QUICK, *ANY_NOISE, "--head", tmp_path / "none", "--out", out, "--explain")
+    options = (*QUICK, *ANY_NOISE, "--head", tmp_path / "missing", "--out", out, "--explain")
     result = call("tune", tiny, *options, "--prompts", prompts, "--json")
     assert result.code == 0, result.err
     report, profile = json.loads(result.out), Profile.load(out)
     assert report["profile"] == str(out)
     assert report["chosen"] == profile.chosen.as_dict()
-    assert {row["drafter"] for row in report["rows"]} == {"none", "lookup"}
+    assert {row["drafter"] for row in report["rows"]} == {"none", "lookup", "missing"}
+    assert "no model folder" in next(row["failure"] for row in report["rows"] if row["drafter"] == "missing")
     assert report["median_error"] >= 0
     assert [Path(path).suffix for path in report["pictures"]][:1] == [".html"]
     assert all(Path(path).stat().st_size for path in report["pictures"])
