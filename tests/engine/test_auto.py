@@ -34,7 +34,8 @@ from quantspec.errors import UsageError
 from quantspec.models.fingerprint import fingerprint
 from quantspec.types import Budget, SamplingParams
 
-CURVE = CostCurve((0, 200), (1, 4, 8, 16), ((1e-3, 1e-3, 2e-3, 4e-3),) * 2)
+CURVE = CostCurve((0, 200), (1, 64), ((1e-3, 1e-3),) * 2)  # rows cost nothing: whatever is likely at all is drafted
+SMALL = CostCurve((0,), (1, 16), ((1e-4, 2e-4),))
 GOOD = Trace(tuple(Step((0.9, 0.8, 0.1), (-1, 0, -1), (True, i % 4 > 0, False), 20) for i in range(8)))
 WIDEST = {
     "lookup": {"num_speculative_tokens": 8},
@@ -71,7 +72,7 @@ def profile(family: dict[str, Path], parts: dict[str, dict[str, str]], llms: dic
         cheap = DraftCost(per_level=2e-5)
         candidates = tuple(
             Candidate(
-                method, parts[method], options, cheap, GOOD, Inner(CURVE, cheap, GOOD) if method == "cascade" else None
+                method, parts[method], options, cheap, GOOD, Inner(SMALL, cheap, GOOD) if method == "cascade" else None
             )
             for method, options in WIDEST.items()
         )
