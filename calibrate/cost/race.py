@@ -18,8 +18,9 @@ from quantspec.errors import QuantSpecError
 
 _AFTER = 2  # steps in which target and drafter read the prompt: they are paid once, not by the token
 _ROUNDS = 4
-_HOPELESS = 0.6
-"""What gave so little of the fastest one's speed on the first prompts does not run on the others."""
+_HOPELESS, _UNPLANNED = 0.6, 0.8
+"""What gave so little of the fastest one's speed on the first prompts, and was planned to give so little of the best
+plan's, does not run on the others. One of the two alone may be a disturbance, or a mistake."""
 _JUDGED = 3
 
 
@@ -34,11 +35,13 @@ class Run(Record):
 
 
 class Race:
-    """``runs`` are what earlier calls gave; ``keep`` hears of each new one. ``failures`` tell why a setting, by number,
-    does not take part."""
+    """``planned`` are the settings' speeds, as far as one can tell; ``runs`` what was run before. ``failures`` tell why
+    a setting, by number, does not take part."""
 
-    def __init__(self, bench: Workbench, settings: Sequence[Setting], runs: Sequence[Run] = ()) -> None:
-        self._bench, self._settings, self.runs = bench, settings, list(runs)
+    def __init__(
+        self, bench: Workbench, settings: Sequence[Setting], planned: Sequence[float], runs: Sequence[Run] = ()
+    ) -> None:
+        self._bench, self._settings, self._planned, self.runs = bench, settings, planned, list(runs)
         self.failures: dict[int, str] = {}
         self._engines: dict[int, Engine] = {}
         for number, setting in enumerate(settings):
@@ -48,7 +51,7 @@ class Race:
         self, prompts: Sequence[Sequence[int]], new_tokens: int, seconds: float, keep: Callable[[Run], None], seed: int
     ) -> None:
         """Rounds over all prompts, settings in a new order each time, until ``seconds`` are over; not before every
-        setting has written ``_JUDGED`` prompts, or all of them."""
+        setting has written ``_JUDGED`` prompts, or all of them. ``keep`` hears of each text."""
         shuffle, began = random.Random(seed).shuffle, perf_counter()
         taking_part = list(self._engines)
         for number in range(_ROUNDS):
@@ -114,9 +117,13 @@ class Race:
 
     def _hopeful(self, numbers: Sequence[int]) -> list[int]:
         speeds = {number: self.speed(number).value for number in numbers if number in self._engines}
-        fastest = max(speeds.values(), default=0.0)
+        fastest, best = max(speeds.values(), default=0.0), max(self._planned)
         plain = [number for number in speeds if self._settings[number].method == "none"]
-        return [number for number, speed in speeds.items() if speed >= _HOPELESS * fastest or number in plain]
+        return [
+            number
+            for number, speed in speeds.items()
+            if speed >= _HOPELESS * fastest or self._planned[number] >= _UNPLANNED * best or number in plain
+        ]
 
 
 def _least(runs: Sequence[Run]) -> float:

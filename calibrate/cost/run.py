@@ -238,7 +238,8 @@ class _Tuning:
         if done is None or done["settings"] != listed:
             done = {"settings": listed, "runs": []}
         self.note(f"running {len(settings)} settings against each other")
-        race = Race(self.bench, settings, [Run.from_dict(run) for run in done["runs"]])
+        planned = [plan.speed.rate for plan in plans]
+        race = Race(self.bench, settings, planned, [Run.from_dict(run) for run in done["runs"]])
 
         def keep(run: Run) -> None:
             done["runs"].append(run.as_dict())

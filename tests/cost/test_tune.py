@@ -14,7 +14,7 @@ from quantspec.calibrate.cost.config import TuneConfig
 from quantspec.calibrate.cost.race import Race, Run
 from quantspec.calibrate.cost.work import Work
 from quantspec.calibrate.cost.workbench import Workbench
-from quantspec.engine.costs import PLAIN, Profile
+from quantspec.engine.costs import PLAIN, Profile, Setting
 from quantspec.engine.engine import Engine
 from quantspec.errors import ModelError, ResourceError, UsageError
 from quantspec.models.resolve import FAMILY
@@ -229,3 +229,13 @@ def test_contexts_end_at_the_models_limit(quick: Quick, tuned: run.Tuned) -> Non
     bench = run.build(quick().engine(), lambda line: None)
     forwards = curve.Forwards(bench.verifier, (64, 100_000, 200_000), (1, 2), 1, 0)
     assert forwards.contexts == (64, bench.model.max_positions - 3)
+
+
+def test_who_runs_on() -> None:
+    """Plain decoding, and whoever was fast or was planned to be."""
+    race = Race.__new__(Race)
+    race._settings = [Setting(method) for method in ("none", "lookup", "draft", "eagle")]
+    race._planned = [100.0, 220.0, 50.0, 250.0]
+    race._engines = dict.fromkeys(range(4))  # type: ignore[assignment]
+    race.runs = [Run(number, 0, (speed,), (1.0,)) for number, speed in enumerate((90, 80, 70, 300))]
+    assert race._hopeful(range(4)) == [0, 1, 3]
