@@ -187,7 +187,7 @@ class Request:
         """Say what the user would not see: a drafter that never helps, a context that was too short."""
         stats, engine = self.stats, self.engine
         useless = stats.target_forwards >= _JUDGED_AFTER and stats.acceptance_length < _USELESS
-        if stats.drafted_tokens and useless and not engine.judged:
+        if stats.drafted_tokens and useless and not (engine.judged or self._controller):  # it says so itself
             engine.notice(f"drafter {self.drafter.name} is hardly ever right here: plain decoding would be faster")
         if self.cut_short and self.text.finish == "length":
             engine.notice(f"the context of {engine.max_context} tokens is full: the text ends before max_new_tokens")
