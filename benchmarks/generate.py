@@ -105,7 +105,8 @@ def _settings(
     chosen = {key: getattr(config, key) for key in keys}
     names = [*(one.name for one in ours), *config.peer_names]
     parts = {str(one.options[key]) for one in ours for key in ("draft_model", "head") if one.options.get(key)}
-    files = [_stamp(path) for path in (target_folder(config), *map(resolve, sorted(parts)))]
+    profiles = {Path(str(one.options["profile"])) for one in ours if one.options.get("profile")}
+    files = [_stamp(path) for path in (target_folder(config), *map(resolve, sorted(parts)), *sorted(profiles))]
     digests = {
         "prompts": _digest([prompt.tokens for prompt in prompts]),
         "models": _digest([files, [one.process_key for one in ours]]),

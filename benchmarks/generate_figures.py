@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from quantspec.benchmarks.acceptance import DISTINCT
 from quantspec.benchmarks.generate_prompts import Prompt
-from quantspec.benchmarks.generate_rows import ALL, PARTS, PLAIN, Interval, Noise, Report, Row
+from quantspec.benchmarks.generate_rows import ALL, LOOPS, PARTS, PLAIN, UNFINISHED, Interval, Noise, Report, Row
 from quantspec.benchmarks.peers.process import Contender
 from quantspec.calibrate.stats import ratio
 
@@ -27,6 +27,8 @@ CURVE = "curve"
 """What the process that times the target's forwards is called among those that say something of themselves."""
 NOISE_LIMIT = 0.15
 """What the spread of equal work may be, as ``Noise`` counts it, for a speedup to mean something."""
+FEWEST_TURNS = 3
+"""Whose spread says anything."""
 _RESAMPLES = 2000
 
 
@@ -66,7 +68,9 @@ def noise_of(seconds: Sequence[float]) -> Noise | None:
         return None
     low, middle, high = (float(value) for value in np.quantile(np.array(seconds), (0.1, 0.5, 0.9)))
     spread, refusal = (high - low) / middle, None
-    if spread > NOISE_LIMIT:
+    if len(seconds) < FEWEST_TURNS:
+        refusal = f"no speedups: of fewer than {FEWEST_TURNS} turns nobody can tell how steady this machine was"
+    elif spread > NOISE_LIMIT:
         refusal = (
             f"no speedups: this machine was too noisy; the same plain text took {1e3 * low:.1f} to {1e3 * high:.1f} ms "
             f"in 8 of 10 cases, a spread of {spread:.0%} where {NOISE_LIMIT:.0%} are allowed"
@@ -91,12 +95,19 @@ class _Found:
             for key, turn in sorted(self.turns.items())
             if key[1] in numbers and name in turn["answers"]
         }
-        last = next(reversed(answers.values()), {"error": "no text was finished"})
+        last = next(reversed(answers.values()), {"error": UNFINISHED})
         error = self.contender.error or self.info.get("error") or last.get("error")
         answers = {key: answer for key, answer in answers.items() if "error" not in answer}
         figured = {key: answer for key, answer in answers.items() if key[1] not in self.loops}
-        if error or not figured:
-            return Row(task=task, method=name, kind=kind, error=error or "all texts loop")
+        if error:
+            return Row(task=task, method=name, kind=kind, error=error)
+        compared = {
+            "equal_to_plain": all(answer["equal"] for answer in answers.values()),
+            "equal_share": round(sum(answer["equal"] for answer in answers.values()) / len(answers), 4),
+            "exactness": self.info.get("exactness"),
+        }
+        if not figured:
+            return Row(task=task, method=name, kind=kind, error=LOOPS, **compared)
         plain = [self.turns[key]["answers"][PLAIN] for key in figured]
         once = list({key[1]: answer for key, answer in figured.items()}.values())
         figures, intervals = _figures(figured, plain, once, steady)
@@ -104,9 +115,6 @@ class _Found:
             task=task,
             method=name,
             kind=kind,
-            equal_to_plain=all(answer["equal"] for answer in answers.values()),
-            equal_share=round(sum(answer["equal"] for answer in answers.values()) / len(answers), 4),
-            exactness=self.info.get("exactness"),
             time_to_first_token=_median(answer["first_token_seconds"] for answer in figured.values()),
             target_forwards=sum(answer["target_forwards"] or 0 for answer in once) or None,
             step_ms=_step_ms(list(figured.values())),
@@ -116,6 +124,7 @@ class _Found:
             texts=len(figured),
             new_tokens=sum(answer["tokens"] for answer in once),
             intervals=intervals,
+            **compared,
             **figures,
         )
 

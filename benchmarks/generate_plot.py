@@ -32,12 +32,12 @@ def picture(panels: Sequence[Bars], stacks: Mapping[str, Sequence[Stack]], lines
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = len(panels) + len(stacks) + len(lines)
-    columns, most = min(_COLUMNS, count), max((len(panel.bars) for panel in panels), default=0)
-    rows = -(-count // columns)
+    count = len(panels) + len(stacks) + len(lines)  # none where a run was stopped before its first figure
+    columns, most = max(1, min(_COLUMNS, count)), max((len(panel.bars) for panel in panels), default=0)
+    rows = max(1, -(-count // columns))
     figure = Figure(figsize=(5.0 * columns, max(3.2, 1.1 + 0.32 * most) * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    end = max((panel.end for panel in panels), default=1.0)
+    end = max((panel.end for panel in panels), default=0.0) or 1.0
     for axis, panel in zip(axes, panels, strict=False):
         _bars(axis, panel, end)
     for axis, (title, stacked) in zip(axes[len(panels) :], stacks.items(), strict=False):

@@ -62,6 +62,13 @@ def read_prompts(config: GenerateBench, tokenizer: Tokenizer, context: int | Non
     return used, left_out
 
 
+def check_prompts(path: Path | None) -> None:
+    """Before anything is loaded for them. Raises as ``read_prompts`` for a file that cannot be read, or is not made of
+    such lines."""
+    for _ in _rows(path or HELD_OUT):
+        pass
+
+
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -20,6 +20,8 @@ ALL = "all"
 """The task of rows over all prompts."""
 PARTS = ("draft", "verify", "overhead")
 """What the time of a step goes to: the drafter, the target's forward, and the rest."""
+UNFINISHED, LOOPS = "no text was finished", "all texts loop"
+"""Errors of rows without figures whose method has not failed."""
 Interval = tuple[float, float]
 
 
@@ -57,6 +59,11 @@ class Row:
     new_tokens: int = 0
     intervals: Mapping[str, Interval] = field(default_factory=dict)
     error: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """The method could not give its text; a run that was stopped, or texts that loop, are no such failure."""
+        return self.error not in (None, UNFINISHED, LOOPS)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -17,7 +17,8 @@ NO_FIGURE = "-"
 def cells(row: Row) -> list[str]:
     """One line of a table; why a method failed stands below it (``closing``)."""
     if row.error:
-        return [label(row.method), "failed", *[NO_FIGURE] * (len(COLUMNS) - 2)]
+        why = "failed" if row.failed else row.error
+        return [label(row.method), why, *[NO_FIGURE] * (len(COLUMNS) - 3), _equality(row)]
     step = [] if row.step_ms is None else [f"{row.step_ms[part]:.2f}" for part in PARTS]
     return [
         label(row.method),
@@ -53,15 +54,21 @@ def closing(report: Report) -> Iterator[str]:
         if report.noise.refusal:
             yield f"{report.noise.refusal[0].upper()}{report.noise.refusal[1:]}."
     for name in report.methods:
-        info, errors = report.contenders.get(name, {}), [row.error for row in report.rows if row.method == name]
+        info, errors = report.contenders.get(name, {}), failures(report, name)
         said = [str(info[key]) for key in ("describe", "version", "flags") if info.get(key)]
-        said += [f"failed: {error}" for error in dict.fromkeys(errors) if error]
+        said += [f"failed: {error}" for error in errors]
         if said:
             yield f"{label(name)}: {'; '.join(said)}."
     if report.left_out:
         yield f"{len(report.left_out)} prompts were left out: {report.left_out[0]}."
     if not report.complete:
         yield "The run was stopped before its last turn."
+
+
+def failures(report: Report, method: str) -> Sequence[str]:
+    """Why a method has no figures, each reason once."""
+    rows = [row for row in report.rows if row.method == method and row.failed]
+    return tuple(dict.fromkeys(str(row.error) for row in rows))
 
 
 def markdown(report: Report) -> str:

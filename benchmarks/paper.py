@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quantspec.benchmarks import generate
-from quantspec.benchmarks.generate_config import NO_PEERS, GenerateBench
+from quantspec.benchmarks.acceptance import DISTINCT
+from quantspec.benchmarks.generate_config import NO_PEERS
 from quantspec.benchmarks.generate_figures import speeds
 from quantspec.benchmarks.generate_rows import Interval, Report, Row
 from quantspec.benchmarks.paper_config import BITS, PaperBench
@@ -82,24 +83,16 @@ def scale(config: PaperBench, note: Note) -> dict[str, Path]:
 def _precision(
     config: PaperBench, name: str, folders: Mapping[str, Path], note: Note, stop: Callable[[], bool]
 ) -> Precision:
-    trees, cascades = config.tree_methods(), config.cascade_methods()
-    options = GenerateBench(
+    options = replace(
+        config.bench(),
         model=str(folders[name]),
         draft_model=str(folders["intermediate"]),
         head=(str(folders["eagle-target"]), str(folders["eagle-intermediate"])),
-        methods=(*trees, *cascades),
         peers=PEERS if name == "bf16" and config.device != "cpu" else NO_PEERS,
-        prompts=config.prompts,
-        limit=config.limit,
-        max_new_tokens=config.max_new_tokens,
-        rounds=config.rounds,
         out=config.out / name,
-        device=config.device,
-        threads=config.threads,
-        seed=config.seed,
     )
     report = generate.run(options, note, stop, arrange=sharing)
-    tree, cascade = _fastest(report, trees), _fastest(report, cascades)
+    tree, cascade = _fastest(report, config.tree_methods()), _fastest(report, config.cascade_methods())
     steady = report.noise is not None and report.noise.refusal is None
     quotient = _quotient(config.out / name / generate.LOG, cascade, tree) if tree and cascade and steady else None
     return Precision(name=name, report=report, tree=tree, cascade=cascade, quotient=quotient)
@@ -111,15 +104,19 @@ def _fastest(report: Report, methods: Sequence[str]) -> str | None:
 
 
 def _quotient(log: Path, over: str, under: str) -> tuple[float, Interval]:
-    """Speed of one method over another's on the same prompts and rounds, from the run's log."""
+    """Speed of one method over another's on the same prompts and rounds, from the run's log. Texts that loop, and turns
+    in which one of them failed, are left out, as in the rows."""
     seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
     tokens: dict[str, tuple[int, int]] = {}
     for line in log.read_text(encoding="utf-8").splitlines()[1:]:
         entry = json.loads(line)
         kind, *key = entry["id"].split(":")
-        answers = entry["found"].get("answers", {}) if kind == "turn" else {}
-        if over in answers and under in answers:
-            mine, other = answers[over], answers[under]
-            seconds[key[1]].append((mine["seconds"], other["seconds"]))
-            tokens[key[1]] = (mine["tokens"], other["tokens"])
+        turn = entry["found"]
+        if kind != "turn" or turn["distinct"] < DISTINCT:
+            continue
+        mine, other = turn["answers"].get(over, {"error": "absent"}), turn["answers"].get(under, {"error": "absent"})
+        if "error" in mine or "error" in other:
+            continue
+        seconds[key[1]].append((mine["seconds"], other["seconds"]))
+        tokens[key[1]] = (mine["tokens"], other["tokens"])
     return speeds(list(seconds.values()), [tokens[number] for number in seconds])["speedup"]

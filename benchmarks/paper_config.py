@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantspec.benchmarks.config import check_counts
+from quantspec.benchmarks.generate_config import NO_PEERS, GenerateBench
+from quantspec.benchmarks.generate_rows import PLAIN
 from quantspec.benchmarks.scaled.config import ScaleBench
 from quantspec.drafters.config import EagleOptions
 from quantspec.errors import UsageError
@@ -57,10 +58,24 @@ class PaperBench:
                 raise UsageError(f"there is no precision {name!r}", hint=f"of {', '.join(BITS)}")
         if not self.precisions:
             raise UsageError("no precision was named", hint=f"of {', '.join(BITS)}")
+        if len(set(self.precisions)) < len(self.precisions):
+            raise UsageError("a precision is named twice", hint="name each row once")
         ScaleBench(self.out, self.shape, self.intermediate_shape)
-        self.tree_methods()
-        self.cascade_methods()
-        check_counts(self.threads, self.rounds)
+        self.bench()  # says now, not after gigabytes are written, what is wrong with a value
+
+    def bench(self) -> GenerateBench:
+        """What is the same for every precision. Raises ``UsageError``."""
+        return GenerateBench(
+            methods=(*self.tree_methods(), *self.cascade_methods()),
+            peers=NO_PEERS,
+            prompts=self.prompts,
+            limit=self.limit,
+            max_new_tokens=self.max_new_tokens,
+            rounds=self.rounds,
+            device=self.device,
+            threads=self.threads,
+            seed=self.seed,
+        )
 
     def tree_methods(self) -> tuple[str, ...]:
         """The trees as ``bench generate`` names methods. Raises ``UsageError``."""
@@ -91,9 +106,12 @@ class PaperBench:
 
 
 def in_words(method: str) -> str:
-    """A tree or cascade by the words of the options, such as ``tree 8x4`` and ``cascade 6/8x4``."""
+    """A tree or cascade by the words of the options, such as ``tree 8x4`` and ``cascade 6/8x4``; other engines as they
+    are called."""
     name, *settings = method.split(":")
     values = dict(setting.split("=") for setting in settings)
     if name == "cascade":
         return f"cascade {values['min_draft']}/{values['tree_nodes']}x{values['tree_depth']}"
-    return f"tree {values['num_speculative_tokens']}x{values['tree_depth']}" if values else "plain"
+    if name == "eagle":
+        return f"tree {values['num_speculative_tokens']}x{values['tree_depth']}"
+    return "plain" if name == PLAIN else name

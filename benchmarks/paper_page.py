@@ -22,7 +22,7 @@ from quantspec.benchmarks.generate_page import charts, side_by_side
 from quantspec.benchmarks.generate_rows import PLAIN, Row
 from quantspec.benchmarks.generate_table import COLUMNS as ALL_COLUMNS
 from quantspec.benchmarks.generate_table import cells as all_cells
-from quantspec.benchmarks.generate_table import closing, markdown_table
+from quantspec.benchmarks.generate_table import closing, failures, markdown_table
 from quantspec.benchmarks.paper import Precision
 from quantspec.benchmarks.paper_config import in_words
 from quantspec.calibrate.page import document, figure, paragraph, section, table
@@ -41,8 +41,8 @@ def cells(found: Precision) -> list[str]:
     return [
         found.name,
         _speed(plain),
-        *_method(tree),
-        *_method(cascade),
+        *_method(tree, found.report.complete),
+        *_method(cascade, found.report.complete),
         _NO_FIGURE if found.quotient is None else _around(found.quotient[0], found.quotient[1], "x"),
         _equal([row for row in (tree, cascade) if row is not None]),
     ]
@@ -59,6 +59,9 @@ def caption(found: Sequence[Precision], shape: str) -> Iterator[str]:
     for one in found:
         if one.report.noise is not None and one.report.noise.refusal:
             yield f"{one.name}: {one.report.noise.refusal}."
+        for method in one.report.methods:
+            for error in failures(one.report, method):
+                yield f"{one.name}, {in_words(method)}: failed: {error}."
         if not one.report.complete:
             yield f"{one.name}: the run was stopped before its last turn."
 
@@ -127,9 +130,9 @@ def _lines(found: Sequence[Precision]) -> list[Lines]:
     return [*([curves(measured)] if measured else []), *([accepted] if accepted else [])]
 
 
-def _method(row: Row | None) -> list[str]:
+def _method(row: Row | None, complete: bool) -> list[str]:
     if row is None:
-        return ["failed", _NO_FIGURE, _NO_FIGURE]
+        return ["failed" if complete else _NO_FIGURE, _NO_FIGURE, _NO_FIGURE]
     speedup, length = row.speedup, row.acceptance_length
     return [
         f"{_speed(row)} ({in_words(row.method).partition(' ')[2]})",

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantspec.benchmarks.generate_config import PEERS, GenerateBench
-from quantspec.cli.bench_parts import NAMES, circumstances, json_option, try_folder
+from quantspec.cli.bench_parts import NAMES, check_texts, circumstances, json_option, try_folder
 from quantspec.cli.invocation import Invocation
 from quantspec.cli.options import assemble, options_from
 from quantspec.cli.places import with_profile
 from quantspec.cli.render import note, table
 from quantspec.cli.signals import Stop
 from quantspec.engine.config import EngineConfig
-from quantspec.errors import Interrupted, ModelError, VerificationError
+from quantspec.errors import Interrupted, ModelError
 
 if TYPE_CHECKING:
     from quantspec.benchmarks.generate_rows import Report
@@ -50,6 +50,9 @@ def generate(invocation: Invocation, as_json: bool, **options: Any) -> None:
     installed, or fails, has rows that say so. Exit code 5: a text differs that must not; 3: a method failed.
     """
     config = assemble(GenerateBench, options)
+    from quantspec.benchmarks.generate_prompts import check_prompts
+
+    check_prompts(config.prompts)
     if config.profile is None:
         tuned = EngineConfig(model=config.model, method="auto", device=config.device, threads=config.threads)
         config = replace(config, profile=with_profile(tuned).profile)
@@ -97,10 +100,7 @@ def _write(report: Report, out: Path) -> None:
 
 def _judge(report: Report) -> None:
     """Raise what is wrong with our own methods; another engine's text may differ, and it may fail."""
-    ours = [row for row in report.rows if row.kind == "ours"]
-    wrong = {row.method: None for row in ours if row.equal_to_plain is False and row.exactness == "exact"}
-    if wrong:
-        raise VerificationError(f"the text of {', '.join(wrong)} differs from plain decoding's")
-    failed = {row.method: None for row in ours if row.error}
+    check_texts(report.rows)
+    failed = {row.method: None for row in report.rows if row.kind == "ours" and row.failed}
     if failed:
         raise ModelError(f"{', '.join(failed)} failed", hint="the table says why")

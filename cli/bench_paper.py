@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantspec.benchmarks.paper_config import BITS, PaperBench
-from quantspec.cli.bench_parts import NAMES, circumstances, json_option, try_folder
+from quantspec.cli.bench_parts import NAMES, check_texts, circumstances, json_option, try_folder
 from quantspec.cli.invocation import Invocation
 from quantspec.cli.options import assemble, options_from
 from quantspec.cli.render import note, table
@@ -36,10 +36,14 @@ _LISTS = ("precisions", "trees", "cascades")
 @click.pass_obj
 def paper(invocation: Invocation, as_json: bool, **options: Any) -> None:
     """Measure SpecMQuant's comparison on shape-scaled models: for a target of each precision, plain decoding, EAGLE-2
-    trees and cascades, alternated; the fastest of either kind side by side."""
+    trees and cascades, alternated; the fastest of either kind side by side.
+
+    Exit code 5: a text differs that must not; 3: no tree or no cascade ran."""
     config = assemble(PaperBench, options)
+    from quantspec.benchmarks.generate_prompts import check_prompts
     from quantspec.models.atomic import make_folder
 
+    check_prompts(config.prompts)
     make_folder(config.out)
     try_folder(config.out)
     from quantspec.benchmarks.paper import run
@@ -59,6 +63,8 @@ def paper(invocation: Invocation, as_json: bool, **options: Any) -> None:
         stopped = Interrupted("interrupted; what is finished is kept", hint=f"go on with: {invocation.command}")
         stopped.exit_code = stop.code
         raise stopped
+    for one in found:
+        check_texts(one.report.rows, f", target of {one.name}")
     failed = [one.name for one in found if one.tree is None or one.cascade is None]
     if failed:
         raise ModelError(f"no tree or no cascade ran on {', '.join(failed)}", hint="the report says why")

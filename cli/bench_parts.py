@@ -3,16 +3,19 @@ folders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantspec.cli.invocation import Invocation
-from quantspec.errors import ResourceError, Unavailable, UsageError
+from quantspec.errors import ResourceError, Unavailable, UsageError, VerificationError
 from quantspec.kernels.machine import cpu_flags, processor
+
+if TYPE_CHECKING:
+    from quantspec.benchmarks.generate_rows import Row
 
 
 class Listed(click.ParamType[Any, Any]):
@@ -67,3 +70,13 @@ def check_places(plot: Path | None, html: Path | None) -> None:
         reason = why_not()
         if reason is not None:
             raise Unavailable(reason, hint="pip install 'quantspec[plots]', or use --html, which needs nothing")
+
+
+def check_texts(rows: Iterable[Row], of: str = "") -> None:
+    """Raise ``VerificationError`` where one of our own methods has another text than plain decoding and must not;
+    another engine's may differ."""
+    ours = [row for row in rows if row.kind == "ours"]
+    differ = [row.method for row in ours if row.equal_to_plain is False and row.exactness == "exact"]
+    wrong = dict.fromkeys(differ)
+    if wrong:
+        raise VerificationError(f"the text of {', '.join(wrong)} differs from plain decoding's{of}")

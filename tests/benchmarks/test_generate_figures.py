@@ -10,7 +10,7 @@ import pytest
 
 from quantspec.benchmarks.generate_figures import NOISE_LIMIT, noise_of, report_of, speeds
 from quantspec.benchmarks.generate_prompts import Prompt
-from quantspec.benchmarks.generate_rows import ALL, Report, Row
+from quantspec.benchmarks.generate_rows import ALL, LOOPS, UNFINISHED, Report, Row
 from quantspec.benchmarks.generate_table import COLUMNS, cells, closing, markdown
 from quantspec.benchmarks.peers.process import Contender
 from quantspec.errors import ModelError
@@ -104,7 +104,11 @@ def test_texts_that_loop_are_compared_only() -> None:
     assert found.degenerate_prompts == (0,)
     assert (eagle.prompts, eagle.speedup, eagle.equal_to_plain) == (2, 2.0, False)
     looping = {key: turn(key[1], answer(9, 1.0, (8,)), distinct=0.1) for key in TURNS}
-    assert row(report(looping), "eagle").error == "all texts loop"
+    eagle = row(report(looping), "eagle")
+    assert (eagle.error, eagle.failed, eagle.equal_to_plain) == (LOOPS, False, True)
+    differing = {key: turn(key[1], answer(9, 1.0, (8,), equal=False), distinct=0.1) for key in TURNS}
+    eagle = row(report(differing), "eagle")
+    assert (eagle.equal_to_plain, cells(eagle)[1], cells(eagle)[-1]) == (False, LOOPS, "no (0%)")
 
 
 def test_no_speedup_on_a_noisy_machine() -> None:
@@ -112,6 +116,9 @@ def test_no_speedup_on_a_noisy_machine() -> None:
     assert steady is not None
     assert steady.refusal is None
     assert noise_of([]) is None
+    few = noise_of([1.0])
+    assert few is not None
+    assert "fewer than 3 turns" in (few.refusal or "")
     turns = {key: {**each, "calibration": 1.0 + key[1] % 2} for key, each in TURNS.items()}
     found = report(turns)
     assert found.noise is not None
@@ -140,5 +147,6 @@ def test_what_failed_says_why() -> None:
     }
     assert row(report(again), "other").error is None
     nothing = report({})
-    assert row(nothing, "none").error == "no text was finished"
+    assert row(nothing, "none").error == UNFINISHED
+    assert "failed" not in markdown(nothing)  # whoever was stopped has not failed
     assert nothing.noise is None

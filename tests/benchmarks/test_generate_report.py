@@ -106,3 +106,5 @@ def test_the_picture_is_a_png() -> None:
     assert generate_plot.png(_report("qa", "rag")).startswith(b"\x89PNG")
     bare = replace(_report(), curve=None, rows=_report().rows[:1])
     assert generate_plot.png(bare).startswith(b"\x89PNG")
+    stopped = replace(bare, rows=())  # before its first figure
+    assert generate_plot.png(stopped).startswith(b"\x89PNG")

@@ -11,11 +11,12 @@ import pytest
 
 from quantspec.benchmarks import generate, paper, paper_page
 from quantspec.benchmarks.generate_config import GenerateBench
-from quantspec.benchmarks.generate_rows import PLAIN, Noise, Report, Row
+from quantspec.benchmarks.generate_rows import PLAIN, UNFINISHED, Noise, Report, Row
 from quantspec.benchmarks.paper_config import PaperBench, in_words
 from quantspec.benchmarks.peers import shared
 from quantspec.benchmarks.peers.process import Contender
 from quantspec.benchmarks.peers.protocol import Ask
+from quantspec.cli.main import run as cli
 from quantspec.errors import UsageError
 
 OUT = Path("results")
@@ -24,7 +25,8 @@ OUT = Path("results")
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"precisions": ("w3",)}, {"precisions": ()}, {"trees": ("8",)}, {"trees": ("2x3",)}, {"trees": ("0x0",)},
+        {"precisions": ("w3",)}, {"precisions": ()}, {"precisions": ("w4", "w4")}, {"trees": ("2x2", "2x2")},
+        {"limit": 0}, {"trees": ("8",)}, {"trees": ("2x3",)}, {"trees": ("0x0",)},
         {"cascades": ("4x3",)}, {"cascades": ("0/4x3",)}, {"cascades": ("6/",)}, {"shape": "1b,layers=none"},
     ],
 )  # fmt: skip
@@ -60,11 +62,19 @@ def _measured(steady: bool, seen: list[GenerateBench]) -> Callable[..., Report]:
         lines += [
             {
                 "id": f"turn:{round_number}:{number}",
-                "found": {"answers": {name: {"seconds": 90 / speed, "tokens": 90} for name, speed in speeds.items()}},
+                "found": {
+                    "distinct": 1.0,
+                    "answers": {name: {"seconds": 90 / speed, "tokens": 90} for name, speed in speeds.items()},
+                },
             }
             for round_number in range(2)
             for number in range(3)
         ]
+        # A turn whose text loops, and one in which everything failed before the run was begun again, do not count.
+        looping = {name: {"seconds": 1.0, "tokens": 90} for name in speeds}
+        lines.append({"id": "turn:0:3", "found": {"distinct": 0.1, "answers": looping}})
+        failed = {name: {"error": "crashed"} for name in config.methods}
+        lines.append({"id": "turn:0:4", "found": {"distinct": 1.0, "answers": failed}})
         (config.out / generate.LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
         rows = []
         for name, speed in speeds.items():
@@ -129,3 +139,37 @@ def test_methods_share_a_target_and_write_its_text() -> None:
     assert len({one.tokens for one in found.values()}) == 1
     forwards = [found[name].target_forwards or 0 for name in options]
     assert forwards[0] > forwards[1] >= forwards[2]
+
+
+def test_what_failed_or_differs_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tree, cascade = (
+        PaperBench(OUT, trees=("2x2",)).tree_methods(),
+        PaperBench(OUT, cascades=("3/4x3",)).cascade_methods(),
+    )
+
+    def found(equal: bool, complete: bool = True) -> paper.Precision:
+        rows = (
+            Row(task="all", method=PLAIN, tokens_per_second=40.0, equal_to_plain=True),
+            Row(task="all", method=tree[0], tokens_per_second=50.0, equal_to_plain=equal, exactness="exact"),
+            Row(task="all", method=cascade[0], error="no such head" if complete else UNFINISHED),
+            Row(task="all", method="transformers-bf16", kind="peer", error="crashed"),
+        )
+        report = Report(settings={}, contenders={}, rows=rows, noise=None, complete=complete)
+        return paper.Precision(name="w4", report=report, tree=tree[0], cascade=None, quotient=None)
+
+    text = paper_page.markdown([found(True)], "1b")
+    assert "w4, cascade 3/4x3: failed: no such head." in text
+    assert "w4, transformers-bf16: failed: crashed." in text
+    assert "failed" in paper_page.cells(found(True))
+    assert "failed" not in paper_page.cells(found(True, complete=False))
+    command = ["bench", "paper", "--out", str(tmp_path)]
+    for equal, code, complaint in ((True, 3, "no cascade ran on w4"), (False, 5, "differs from plain decoding's")):
+        monkeypatch.setattr(paper, "run", lambda *arguments, equal=equal: [found(equal)])
+        assert cli(command) == code
+        assert complaint in capfd.readouterr().err
+    assert cli([*command, "--prompts", "/dev/null"]) == 3
+    assert "has no prompts" in capfd.readouterr().err
+    monkeypatch.setattr(paper, "run", lambda *arguments: [])  # stopped before the first precision
+    assert cli(command) == 0
