@@ -27,6 +27,7 @@ from quantspec.benchmarks.generate_contenders import target_folder
 from quantspec.benchmarks.generate_figures import CURVE, Turn, report_of
 from quantspec.benchmarks.generate_prompts import Prompt, read_prompts
 from quantspec.benchmarks.generate_rows import PLAIN, Report
+from quantspec.benchmarks.kernels import check_device
 from quantspec.benchmarks.peers.process import Contender, PeerError, PeerProcess
 from quantspec.benchmarks.peers.protocol import Answer, Ask
 from quantspec.calibrate.stats import distinct_ngrams
@@ -54,10 +55,11 @@ def run(
     """The report. ``stop`` is asked between texts; what is finished by then is reported, and ``complete`` is false.
     ``arrange`` may put our own methods into other processes.
 
-    Raises ``UsageError`` or ``ModelError`` for options, prompts or a target that cannot be used or plain decoding that
-    fails, ``ResourceError`` for an output folder that cannot be written. Any other contender that fails has rows that
-    say so.
+    Raises ``UsageError`` or ``ModelError`` for options, a device, prompts or a target that cannot be used or plain
+    decoding that fails, ``ResourceError`` for an output folder that cannot be written. Any other contender that fails
+    has rows that say so.
     """
+    check_device(config.device)
     target, threads = target_folder(config), config.threads or cores()
     tokenizer, positions = Tokenizer(target), read_config(target).get("max_position_embeddings")
     prompts, left_out = read_prompts(config, tokenizer, positions)

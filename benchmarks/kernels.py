@@ -20,6 +20,7 @@ from quantspec.benchmarks.contenders import Contender, Field
 from quantspec.calibrate.cost.timing import alternate
 from quantspec.errors import Unavailable, UsageError
 from quantspec.kernels.cpu import library, probes
+from quantspec.models.load import usable_device
 
 Notice = Callable[[str], object]
 
@@ -171,6 +172,6 @@ def run(config: KernelBench, notice: Notice = lambda line: None, *, nbytes: int 
 
 
 def check_device(device: str) -> None:
-    """Raises ``UsageError`` if nothing can be measured there."""
-    if device == "cuda" and not torch.cuda.is_available():
+    """Raises ``UsageError`` if nothing can be measured there: the figures of a CPU in its place would be no answer."""
+    if usable_device(device)[0] != device:
         raise UsageError("there is no CUDA device that torch can use", hint="leave --device away to measure the CPU")

@@ -23,6 +23,7 @@ from quantspec.benchmarks.acceptance import DISTINCT
 from quantspec.benchmarks.generate_config import NO_PEERS
 from quantspec.benchmarks.generate_figures import speeds
 from quantspec.benchmarks.generate_rows import Interval, Report, Row
+from quantspec.benchmarks.kernels import check_device
 from quantspec.benchmarks.paper_config import BITS, PaperBench
 from quantspec.benchmarks.peers.shared import sharing
 from quantspec.benchmarks.scaled.config import ScaleBench
@@ -53,6 +54,7 @@ class Precision:
 
 def run(config: PaperBench, note: Note, stop: Callable[[], bool] = lambda: False) -> list[Precision]:
     """All precisions, or those that were begun when ``stop`` said so. Raises as ``generate.run`` and ``scaled.run``."""
+    check_device(config.device)
     folders = scale(config, note)
     found: list[Precision] = []
     for name in config.precisions:

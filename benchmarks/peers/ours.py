@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import quantspec
+from quantspec.benchmarks.generate_rows import PLAIN
 from quantspec.benchmarks.peers.protocol import Answer, Answerer, Ask, peak_memory, serve
 from quantspec.engine.auto import AUTO
 from quantspec.engine.llm import LLM
@@ -28,6 +29,9 @@ def load(options: Mapping[str, Any]) -> tuple[dict[str, Any], Answerer]:
     asked = engine_options["method"]
     if asked != AUTO and llm.config.method != asked:
         raise ModelError(notes[-1])  # such as that the drafter did not fit into memory
+    if asked == AUTO and llm._engine.outlook is None and llm.config.method != PLAIN:
+        # A profile that does not hold leaves the choice to defaults, whose figures would stand under auto's name.
+        raise ModelError(next(line for line in notes if "profile" in line))
     # A first run pays for caches, thread pools and what is compiled.
     llm.generate("Question:", SamplingParams(max_new_tokens=8, seed=0))
     if "curve" in options:

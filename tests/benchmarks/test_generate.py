@@ -15,6 +15,7 @@ from quantspec.benchmarks import generate, generate_contenders
 from quantspec.benchmarks.generate_config import GenerateBench
 from quantspec.benchmarks.generate_contenders import LOOKUP_TOKENS, Setting, methods, peers
 from quantspec.benchmarks.generate_rows import ALL, Report
+from quantspec.benchmarks.peers import ours
 from quantspec.benchmarks.peers.process import Contender
 from quantspec.cli.main import run as cli
 from quantspec.errors import ModelError, UsageError
@@ -176,6 +177,15 @@ def test_auto_is_there_with_a_profile() -> None:
     assert (auto.name, auto.options["method"], auto.options["profile"]) == ("auto", "auto", "p.json")
     with pytest.raises(UsageError, match="method auto needs a profile"):
         methods(GenerateBench(methods=("auto",)), 2, silent)
+    # What is decoded without the profile is not auto's.
+    with pytest.raises(ModelError, match=r"p.json is no profile"):
+        ours.load({**auto.options, "threads": 1})
+
+
+def test_no_figures_of_a_cpu_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="no CUDA device"):
+        generate.run(GenerateBench(**QUICK, device="cuda"), silent)
 
 
 def test_methods_and_their_settings() -> None:
@@ -261,6 +271,7 @@ def test_with_models(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypa
         (("--tasks", "poetry"), 2, "has no task 'poetry'"),
         (("--model", "nowhere"), 3, "no model folder at nowhere"),
         (("--out", "/proc/self/x"), 4, "cannot write"),
+        (("--device", "tpu"), 2, "device must be cpu or cuda"),
     ],
 )
 def test_misuse(options: tuple[str, ...], code: int, complaint: str, capfd: pytest.CaptureFixture[str]) -> None:
