@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import smooth_l1_loss
+from torch.nn.functional import normalize, smooth_l1_loss
 from train_helpers import TINY
 
 from quantspec.calibrate.train.checkpoint import fake_quantize, load_net
@@ -202,6 +202,15 @@ def test_a_kept_lm_head_stays_the_bases_while_all_else_learns(model: Path, texts
     loss.backward()
     assert torch.equal(method.net.lm_head.weight, base.head_weight[method.ids])
     assert {name for name, p in method.net.named_parameters() if p.grad is None} == {"lm_head.weight"}
+
+
+def test_a_head_that_learns_features_starts_from_them(model: Path, texts: Rollouts) -> None:
+    """Fused taps that end in the last layer are the base's features but for the length of each row."""
+    method, features = method_of(model, texts, feature_weight=10.0), texts.batch([0]).features
+    streams = method.base.streams(texts.batch([0]).ids, (0, 1))
+    assert method.base.shape.layers == 2
+    state = method.net.fuse([streams[0], streams[1]])
+    torch.testing.assert_close(normalize(state, dim=-1), normalize(features, dim=-1), rtol=0, atol=1e-5)  # fp32
 
 
 def test_taps_are_checked_and_simulated_length_multiplies(model: Path, texts: Rollouts) -> None:

@@ -69,7 +69,11 @@ class Eagle3Method:
         return Eagle3Net(self.shape, self.base.shape.hidden, len(self.taps), len(self.ids), self.flags)
 
     def _level(self, texts: Rollouts) -> None:
-        """Scale `fc` so that every tap starts with the same weight: streams grow from layer to layer."""
+        """Scale `fc` so that every tap starts with the same weight: streams grow from layer to layer. One that ends in
+        the base's last layer starts as the base's own features, about: what a draft step is taught to hand on."""
+        hidden = self.base.shape.hidden
+        if self.config.feature_weight and self.taps[-1] == self.base.shape.layers - 1:
+            self.net.fc.weight.zero_()[:, -hidden:].copy_(torch.diag(self.base.model.norm.weight))
         if self.flags.fc_norm:
             return
         ids = texts.batch([0]).ids.to(self.ids.device)
@@ -77,7 +81,7 @@ class Eagle3Method:
         rms = torch.stack([streams[tap].pow(2).mean().sqrt() for tap in self.taps])
         if self.flags.norm_before_fc:
             rms = rms / rms.pow(2).mean().sqrt()
-        self.net.fc.weight.div_(rms.repeat_interleave(self.base.shape.hidden))
+        self.net.fc.weight.div_(rms.repeat_interleave(hidden))
 
     def loss(self, batch: Batch, progress: float, noise: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         """Mean loss of every draft step against the base's distribution on the draft vocabulary, discounted."""
