@@ -71,7 +71,7 @@ def run(config: SimulateBench) -> Report:
     for name in config.machine:
         stacks = _stacks(config, name)
         _check_names(wanted, stacks)
-        notes.update((stack.memory, None) for stack in stacks if stack.memory)
+        notes.update((stack.trouble, None) for stack in stacks if stack.trouble)
         for batch in config.batch:
             plain = build(stacks[0], "none", {}, config.context)
             speed = plain.tokens_per_second(batch)
@@ -105,9 +105,25 @@ def _check_names(wanted: list[tuple[str, dict[str, int]]], stacks: list[Stack]) 
     for method, fixed in wanted:
         if method not in known:
             raise UsageError(f"no strategy {method!r} here", hint=f"there are {', '.join(known)}")
-        unknown = [key for key in fixed if key not in _KEYS]
+        options = _options_of(method, stacks)
+        unknown = [key for key in fixed if key not in options]
         if unknown:
-            raise UsageError(f"{method} has no option {unknown[0]!r}", hint=f"known: {', '.join(_KEYS)}")
+            hint = f"known: {', '.join(options)}" if options else f"leave out {unknown[0]}"
+            raise UsageError(f"{method} has no option {unknown[0]!r}", hint=hint)
+
+
+def _options_of(method: str, stacks: list[Stack]) -> tuple[str, ...]:
+    """What can be fixed of a strategy."""
+    stack = next(stack for stack in stacks if method in stack.methods)
+    levels = _levels(stack, method)
+    if levels == 1:
+        head = stack.models[0].head
+        return ("num_speculative_tokens", "tree_depth")[: 2 if head is None or head.tree else 1]
+    if method == "draft":
+        return ("num_speculative_tokens",)
+    cascade = ("num_speculative_tokens", "min_draft", "tree_nodes", "tree_depth")
+    inner = ("inner_min_draft", "inner_num_speculative_tokens")
+    return {0: (), 2: cascade, 3: (*cascade, *inner)}[levels]
 
 
 def parse_strategy(text: str) -> tuple[str, dict[str, int]]:
@@ -120,12 +136,6 @@ def parse_strategy(text: str) -> tuple[str, dict[str, int]]:
             raise UsageError(f"{pair!r} is not KEY=NUMBER", hint="as in eagle:num_speculative_tokens=60")
         fixed[key] = int(number)
     return method, fixed
-
-
-_KEYS = (
-    "num_speculative_tokens", "tree_depth", "tree_nodes", "min_draft",
-    "inner_min_draft", "inner_num_speculative_tokens",
-)  # fmt: skip
 
 
 def build(stack: Stack, method: str, options: Options, context: int) -> Verified:

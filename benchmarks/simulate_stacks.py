@@ -52,8 +52,8 @@ class Stack:
     machine: str
     methods: tuple[str, ...]
     models: tuple[Model, ...]
-    memory: str = ""
-    """Why it could not run there; empty if it could."""
+    trouble: str = ""
+    """Why it, or a drafter of it, could not run there; empty if it could."""
 
 
 def packaged(machine: Machine, pair: Pair, target: str, format: str) -> Stack:
@@ -136,7 +136,8 @@ def _times(cost: DraftCost) -> DraftTime:
 
 
 def elsewhere(profile: Profile, machine: Machine, target: str, format: str) -> list[Stack]:
-    """What was accepted here, at what it would cost there. Models are of the packaged shapes, heads EAGLE's."""
+    """What was accepted here, at what it would cost there. Models are of the packaged shapes, heads EAGLE's. A drafter
+    for whose models there are no shapes leaves plain decoding, and a line. Raises ``UsageError``: no such target."""
     names = list(SHAPES)[::-1]
     if target not in names:
         raise UsageError(f"no shape {target!r} is known", hint=f"known: {', '.join(names)}")
@@ -148,6 +149,9 @@ def elsewhere(profile: Profile, machine: Machine, target: str, format: str) -> l
     for stack in profiled(profile, machine.name):
         models = []
         if len(stack.models) > len(shapes) or (stack.methods[-1] == "draft" and len(shapes) < 2):
+            missing = f"{stack.methods[-1]} drafts with a smaller model than {target}, and no such shape is known"
+            plain = Model(curves[0], None, overhead=machine.round_us * 1e-6)
+            found.append(Stack(machine.name, ("none",), (plain,), missing))
             continue
         for model, curve, time in zip(stack.models, curves, times, strict=False):
             head = model.head

@@ -67,7 +67,7 @@ def simulate(check: tuple[Path, ...], as_json: bool, plot: Path | None, html: Pa
         table(name, simulate_page.COLUMNS, map(simulate_page.cells, rows))
     click.echo(simulate_page.caption(report))
     for line in report.notes:
-        click.echo(f"Does not fit: {line}.")
+        click.echo(f"Could not run: {line}.")
 
 
 def _write(report: Report, plot: Path | None, html: Path | None) -> None:

@@ -235,6 +235,13 @@ def test_a_profile_is_machine_and_acceptance(profile: Profile, tmp_path: Path) -
     there = simulate.run(SimulateBench(machine=("h100",), acceptance=str(path), target="8b"))
     assert [row.strategy for row in there.rows] == ["none", "eagle", "cascade"]
     assert there.rows[1].tokens <= 1 + 0.9 + 0.81  # what the trace has, not the packaged pair
+    # Below the smallest shape there is none for an intermediate.
+    alone = simulate.run(SimulateBench(machine=("h100",), acceptance=str(path), target="1b"))
+    assert [row.strategy for row in alone.rows] == ["none", "eagle"]
+    assert alone.notes == ("cascade drafts with a smaller model than 1b, and no such shape is known",)
+    replace(profile, candidates=profile.candidates[2:]).save(path)
+    alone = simulate.run(SimulateBench(machine=("h100",), acceptance=str(path), target="1b"))
+    assert [row.strategy for row in alone.rows] == ["none"]
     with pytest.raises(UsageError, match="--acceptance is for packaged machines"):
         simulate.run(SimulateBench(machine=(str(path),), acceptance="llama-3"))
 
