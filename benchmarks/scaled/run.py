@@ -77,7 +77,7 @@ class _Run:
             report = read_object(path)
             if wanted == {key: report.get(key) for key in wanted}:
                 return report
-        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        if config.out.exists() and (not config.out.is_dir() or _holds_more(config.out)):
             raise UsageError(f"{config.out} holds something else already", hint="choose another --out")
         atomic.make_folder(config.out)
         atomic.write_json(path, wanted | {"members": {}})
@@ -150,6 +150,12 @@ class _Run:
         beside = None if name == of else self._form(of)[0].name
         source = self._member(name, bits).name
         return {"source": source, "bits": bits, "bytes": int(read), "share": read / base, "of": beside}
+
+
+def _holds_more(folder: Path) -> bool:
+    """Than what a run leaves that was refused before its first member, for a shape or source that does not go."""
+    names = {path.name for path in folder.iterdir()}
+    return bool(names - {SUMMARY}) or (SUMMARY in names and bool(read_object(folder / SUMMARY).get("members")))
 
 
 def _looked_up(folder: Path) -> int:

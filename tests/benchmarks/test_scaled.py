@@ -214,3 +214,10 @@ def test_a_shape_that_is_too_small_is_refused(tmp_path: Path, change: str) -> No
     config = ScaleBench(tmp_path, shape, f"{INTERMEDIATE},{change if 'vocab' in change else ''}".rstrip(","))
     with pytest.raises(UsageError, match="does not go into that shape"):
         run(config, lambda line: None)
+
+
+def test_what_was_refused_leaves_the_folder_usable(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no target"):
+        run(ScaleBench(tmp_path / "out", TARGET, INTERMEDIATE, source=tmp_path), lambda line: None)
+    report = run(ScaleBench(tmp_path / "out", TARGET, INTERMEDIATE, only=("intermediate",)), lambda line: None)
+    assert list(report["members"]) == ["intermediate-w4"]
