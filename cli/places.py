@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantspec.errors import ModelError
+from quantspec.errors import QuantSpecError
 
 if TYPE_CHECKING:
     from quantspec.engine.config import EngineConfig
@@ -26,15 +26,18 @@ def profiles() -> Path:
 def with_profile(config: EngineConfig) -> EngineConfig:
     """With the profile that ``quantspec tune`` made of this model on this machine, where it did and a profile is what
     decides."""
-    if config.profile is not None or config.method not in (None, "auto") or not any(profiles().glob("*.json")):
+    if config.profile is not None or not any(profiles().glob("*.json")):
         return config
+    from quantspec.engine.auto import instead
     from quantspec.engine.build import target_folder
     from quantspec.engine.costs import file_name
     from quantspec.engine.here import machine
     from quantspec.models.fingerprint import fingerprint
 
+    if instead(config):
+        return config
     try:
         path = profiles() / file_name(fingerprint(target_folder(config)), machine(config))
-    except ModelError:  # which loading it says better
+    except QuantSpecError:  # which loading it says better
         return config
     return replace(config, profile=str(path)) if path.is_file() else config

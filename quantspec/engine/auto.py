@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantspec.engine import here
 from quantspec.engine.config import EngineConfig
 from quantspec.engine.costs import PLAIN, Profile, Setting
-from quantspec.errors import ModelError, UsageError
+from quantspec.errors import ModelError, QuantSpecError, UsageError
 from quantspec.models.fingerprint import fingerprint
 from quantspec.models.resolve import resolve
 
@@ -37,12 +37,14 @@ def settle(
     Where it does not hold here, the method is None, as if there were no profile, and ``notice`` gets a line. Raises
     ``UsageError`` for options that ``auto`` chooses itself.
     """
-    asked = [name for name in CHOSEN if getattr(config, name) != _DEFAULTS[name]]
-    if config.method == AUTO and asked:
-        raise UsageError(f"method auto chooses {asked[0]} itself", hint=f"leave out {asked[0]}, or name a method")
-    if config.method == AUTO and config.rule == "ratio":
+    asked = instead(config)
+    if config.method == AUTO and asked == "rule":
         raise UsageError("method auto drafts for the exact rule", hint="leave out rule, or name a method")
-    if config.method not in (None, AUTO) or (config.method is None and (asked or config.rule == "ratio")):
+    if config.method == AUTO and asked:
+        raise UsageError(f"method auto chooses {asked} itself", hint=f"leave out {asked}, or name a method")
+    if asked:
+        if config.profile is not None:
+            notice(f"the profile {config.profile} is not used: {asked} {getattr(config, asked)} was asked for")
         return config, None
     default = replace(config, method=None)
     if config.profile is None:
@@ -59,19 +61,43 @@ def settle(
     if refusal is None and setting is None:
         refusal = "it knows no drafter of these parts"
     if refusal or setting is None:
-        notice(f"the profile {config.profile} is not used: {refusal}; quantspec tune makes a new one")
+        _refuse(config, refusal, notice)
         return default, None
-    changes: dict[str, Any] = {"method": setting.method, **setting.parts, **_options(profile, setting, config)}
-    chosen = replace(config, **changes)
-    return chosen, replace(profile, chosen=setting)
+    try:
+        return _chosen(profile, setting, config), replace(profile, chosen=setting)
+    except QuantSpecError as error:
+        _refuse(config, error, notice)
+        return default, None
+
+
+def instead(config: EngineConfig) -> str | None:
+    """The field that says how to decode in place of a profile, if one does."""
+    if config.method not in (None, AUTO):
+        return "method"
+    return next((name for name in (*CHOSEN, "rule") if getattr(config, name) != _DEFAULTS[name]), None)
 
 
 def holds(profile: Profile, model: CausalModel, config: EngineConfig, notice: Callable[[str], None]) -> bool:
     """Whether the profile was measured with the kernels that run the target; ``notice`` hears why not."""
     refusal = profile.refusal(profile.machine, profile.model, here.kernels_of(model, config))
     if refusal:
-        notice(f"the profile {config.profile} is not used: {refusal}; quantspec tune makes a new one")
+        _refuse(config, refusal, notice)
     return refusal is None
+
+
+def _refuse(config: EngineConfig, why: object, notice: Callable[[str], None]) -> None:
+    notice(f"the profile {config.profile} is not used: {why}; quantspec tune makes a new one")
+
+
+def _chosen(profile: Profile, setting: Setting, config: EngineConfig) -> EngineConfig:
+    """The configuration with the setting. Raises ``ModelError`` for a drafter that is gone since it was measured, and
+    ``UsageError`` for options that somebody wrote into the file."""
+    if setting.method != PLAIN.method and profile.candidate(setting) is None:
+        raise ModelError(f"it holds nothing of the {setting.method} that it chose")
+    for name in setting.parts.values():
+        resolve(name)
+    changes: dict[str, Any] = {"method": setting.method, **setting.parts, **_options(profile, setting, config)}
+    return replace(config, **changes)
 
 
 def _fitting(profile: Profile, config: EngineConfig) -> Setting | None:

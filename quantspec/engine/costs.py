@@ -212,6 +212,10 @@ class Setting(Record):
     parts: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if unknown := self.parts.keys() - {"draft_model", "head"}:
+            raise ValueError(f"there is no part {min(unknown)!r}")
+
 
 PLAIN = Setting("none")
 
@@ -228,6 +232,10 @@ class Candidate(Record):
     trace: Trace | None = None
     inner: Inner | None = None
     failure: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.trace and self.options.get("num_speculative_tokens", 0) < 1:
+            raise ValueError("options must have num_speculative_tokens, at least 1")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 
 import quantspec.kernels as kernels
 from quantspec.kernels.machine import cores, processor
+from quantspec.models.load import usable_device
 
 if TYPE_CHECKING:
     from quantspec.engine.config import EngineConfig
@@ -20,10 +21,11 @@ _SOURCES = (".py", ".cpp", ".h", ".cu")
 
 
 def machine(config: EngineConfig) -> Mapping[str, str | int]:
-    """The processor or GPU, and how many threads it decodes with."""
+    """The processor or GPU, and how many threads it decodes with. Raises ``UsageError``: no such device."""
     found: dict[str, str | int] = {"processor": processor(), "threads": config.threads or cores()}
-    if config.device != "cpu":
-        properties = torch.cuda.get_device_properties(torch.device(config.device))
+    device = torch.device(usable_device(config.device)[0])  # without a GPU the CPU runs, as at load
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
         found |= {"device": properties.name, "device_bytes": properties.total_memory}
     return found
 

@@ -26,6 +26,8 @@ def test_generate_takes_the_profile_of_its_model_and_machine(tmp_path: Path, mon
     assert with_profile(config).profile == str(path)
     assert with_profile(EngineConfig(method="auto")).profile == str(path)
     assert with_profile(EngineConfig(method="lookup")).profile is None
+    assert with_profile(EngineConfig(tree_depth=2)).profile is None, "an option asks for a method"
+    assert with_profile(EngineConfig(device="abacus")).profile is None, "loading says better what is wrong"
     assert with_profile(EngineConfig(profile="mine.json")).profile == "mine.json"
     assert with_profile(EngineConfig(threads=1000)).profile is None, "as if another machine"
     assert with_profile(EngineConfig(model=str(tmp_path / "none"))).profile is None

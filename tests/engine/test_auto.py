@@ -216,3 +216,27 @@ def test_no_profile_a_damaged_one_and_unknown_parts_are_told(
     llm, told = load(family, bare, **parts["draft"])
     assert llm.config.method == "draft"
     assert any("knows no drafter of these parts" in line for line in told), head
+
+
+def test_a_drafter_that_is_gone_or_was_never_measured_is_told(
+    family: dict[str, Path], profile: Make, tmp_path: Path
+) -> None:
+    path = profile("eagle")
+    made, gone = Profile.load(path), Setting("eagle", {"head": str(tmp_path / "gone")})
+    kept = Candidate("eagle", gone.parts, WIDEST["eagle"], DraftCost(), GOOD)
+    edited = Candidate("lookup", {}, {"num_speculative_tokens": 8, "prompt_lookup_max": 0}, DraftCost(), GOOD)
+    for chosen, candidates, words in (
+        (gone, (kept,), "no model folder at"),
+        (gone, (), "it holds nothing of the eagle that it chose"),
+        (Setting("lookup"), (edited,), "prompt_lookup_max must be"),
+    ):
+        replace(made, chosen=chosen, candidates=candidates).save(path)
+        llm, told = load(family, path, method=None)
+        assert llm.config.method == "lookup", "as without a profile"
+        assert [words in line and "quantspec tune" in line for line in told if "profile" in line] == [True]
+
+
+def test_a_profile_that_a_method_or_option_overrides_is_told(family: dict[str, Path], profile: Make) -> None:
+    for options, words in (({"method": "none"}, "method none"), ({"method": None, "tree_depth": 2}, "tree_depth 2")):
+        told = load(family, profile("eagle"), **options)[1]
+        assert [f"not used: {words} was asked for" in line for line in told if "profile" in line] == [True]

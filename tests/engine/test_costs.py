@@ -29,7 +29,7 @@ TREE = Step((0.6, 0.3, 0.5, 0.2), (-1, -1, 0, 1), (True, False, True, False), 10
 def profile() -> Profile:
     inner = Inner(CURVE, DraftCost(fixed=0.1), None)
     candidates = (
-        Candidate("eagle", {"head": "h"}, {"tree_depth": 4}, DraftCost(per_level=0.1), Trace((TREE,))),
+        Candidate("eagle", {"head": "h"}, {"num_speculative_tokens": 4}, DraftCost(per_level=0.1), Trace((TREE,))),
         Candidate("cascade", {"head": "h", "draft_model": "d"}, {"min_draft": 9}, DraftCost(), None, inner, "no file"),
     )
     chosen = Setting("eagle", {"head": "h"}, {"num_speculative_tokens": 3})
@@ -45,6 +45,14 @@ def profile() -> Profile:
         measured=(Measured(chosen, 9.0, 10.0, 9.5, 10.5),),
         chosen=chosen,
     )
+
+
+def test_what_a_setting_and_a_candidate_cannot_do_without() -> None:
+    with pytest.raises(ModelError, match="there is no part 'foot'"):
+        Setting.from_dict({"method": "eagle", "parts": {"foot": "f"}, "options": {}})
+    bare = profile().candidates[0].as_dict() | {"options": {"tree_depth": 4}}
+    with pytest.raises(ModelError, match="must have num_speculative_tokens"):
+        Candidate.from_dict(bare)
 
 
 def test_a_curve_is_linear_between_measurements_and_never_falls() -> None:

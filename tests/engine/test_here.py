@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from quantspec.engine import here
 from quantspec.engine.config import EngineConfig
+from quantspec.errors import UsageError
 
 MODEL = SimpleNamespace(backend="cpu-int8", row_invariant=True)
 
@@ -20,6 +22,13 @@ def test_the_machine_with_its_threads() -> None:
     assert found["processor"]
     assert here.machine(EngineConfig()) == here.machine(EngineConfig())
     assert json.loads(json.dumps(found)) == found  # a profile keeps it
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_without_a_gpu_the_machine_is_the_cpu_that_runs_instead() -> None:
+    assert here.machine(EngineConfig(device="cuda")) == here.machine(EngineConfig())
+    with pytest.raises(UsageError, match="device must be cpu or cuda"):
+        here.machine(EngineConfig(device="abacus"))
 
 
 def test_kernels_are_others_when_a_source_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
