@@ -65,6 +65,8 @@ def _check_place(out: Path) -> None:
     """Say now, not after minutes of measuring, that the profile cannot be written."""
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UsageError(f"cannot write {out}", hint="name a file in a folder that exists")
+    if out.suffix in (".html", ".png"):
+        raise UsageError(f"{out} would be overwritten by the picture", hint="name a .json file")
     try_folder(out.absolute().parent)
 
 

@@ -45,7 +45,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 8), ("seconds", 1)):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # as of a number that is none
                 raise UsageError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not self.max_noise > 0:
             raise UsageError(f"max_noise must be above 0, not {self.max_noise}")

@@ -7,7 +7,7 @@ drafter then runs against plain decoding, and the fastest is chosen. Every finis
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -148,15 +148,16 @@ class _Tuning:
         plain = self._plain()
         candidates = tuple(self._candidate(one, plain, len(found)) for one in found)
 
-        def made(measured: Sequence[Measured], chosen: Setting) -> Profile:
-            created = datetime.now(UTC).isoformat(timespec="seconds")
-            return Profile(
-                FORMAT_VERSION, machine, model, kernels, created, plain.target, plain.overhead, candidates,
-                tuple(measured), chosen,
-            )  # fmt: skip
-
-        measured = self._race(rank(made((), PLAIN)))
-        return made(measured, max(measured, key=lambda each: each.tokens_per_second).setting)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        known = Profile(
+            FORMAT_VERSION, machine, model, kernels, created, plain.target, plain.overhead, candidates, (), PLAIN
+        )
+        measured, failures = self._race(rank(known))
+        for setting, failure in failures:
+            late = known.candidate(setting)
+            candidates = tuple(replace(each, failure=failure) if each is late else each for each in candidates)
+        best = max(measured, key=lambda each: each.tokens_per_second).setting
+        return replace(known, candidates=candidates, measured=tuple(measured), chosen=best)
 
     def _plain(self) -> Plain:
         done = self.work.get("target")
@@ -230,8 +231,9 @@ class _Tuning:
             self.work.put(part, done)
         return CostCurve.from_dict(done)
 
-    def _race(self, plans: Sequence[Plan]) -> list[Measured]:
-        """The best setting of each drafter and plain decoding, measured; the planner's order."""
+    def _race(self, plans: Sequence[Plan]) -> tuple[list[Measured], list[tuple[Setting, str]]]:
+        """The best setting of each drafter and plain decoding, measured, in the planner's order; and those that failed,
+        with the reason."""
         settings = [plan.setting for plan in plans]
         listed = [setting.as_dict() for setting in settings]
         done = self.work.get("race")
@@ -250,14 +252,14 @@ class _Tuning:
         if self.noise > self.config.max_noise:
             self.work.put("race", None)  # the next tune runs them again
             raise self._too_noisy("text")
-        measured = []
+        measured = list[Measured]()
         for number, plan in enumerate(plans):
-            speed = race.speed(number)
             if number in race.failures:
                 self.note(f"{plan.setting.method} fails: {race.failures[number]}")
             else:
+                speed = race.speed(number)
                 measured.append(Measured(plan.setting, plan.speed.rate, speed.value, speed.low, speed.high))
-        return measured
+        return measured, [(settings[number], why) for number, why in race.failures.items()]
 
 
 def _parts(one: Found) -> dict[str, str]:

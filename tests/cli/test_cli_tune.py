@@ -88,6 +88,8 @@ def test_a_machine_too_noisy_to_measure(call, tiny: Path, prompts: Path, tmp_pat
         (("--max-new-tokens", 1), 2, "max_new_tokens must be at least"),
         (("--max-noise", -1), 2, "max_noise must be above 0"),
         (("--out", "no/such/folder/p.json"), 2, "cannot write"),
+        (("--out", "profile.html"), 2, "would be overwritten by the picture"),
+        (("--seconds", "nan"), 2, "seconds must be at least"),
         (("--prompts", "none.jsonl"), 3, "cannot read text"),
         (("--draft-model", "no/such/model/there"), 3, "no model folder"),
         (("--backend", "cpu-int3"), 2, "unknown backend"),

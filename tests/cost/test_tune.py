@@ -199,6 +199,7 @@ def test_a_drafter_that_fails_late_is_left_out(quick: Quick, tmp_path: Path, mon
     assert [each.setting for each in tuned.profile.measured] == [PLAIN]
     assert tuned.profile.chosen == PLAIN
     assert "lookup fails: gone" in said
+    assert [(row.drafter, row.failure) for row in explain.rows(tuned.profile)] == [("none", None), ("lookup", "gone")]
 
 
 def test_times_of_a_race() -> None:
