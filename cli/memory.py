@@ -8,13 +8,13 @@ import click
 
 from quantspec.cli.render import note, table
 from quantspec.engine.config import EngineConfig
-from quantspec.errors import ResourceError
+from quantspec.errors import ResourceError, UsageError
 from quantspec.types import SamplingParams
 
 
 def show_memory(config: EngineConfig, params: SamplingParams, prompt: str | None, *, as_json: bool) -> None:
     """Print the plan for a prompt and its output (None: for ``max_context``). Raises ``ResourceError``: it does not
-    fit; the hint says what to change."""
+    fit; the hint says what to change; ``UsageError``: the prompt is longer than the context."""
     from quantspec.engine import build, memory  # torch comes with it
 
     load = build.price(config, note)
@@ -23,7 +23,12 @@ def show_memory(config: EngineConfig, params: SamplingParams, prompt: str | None
     if prompt is not None:
         from quantspec.models.tokenizer import Tokenizer
 
-        context = len(Tokenizer(load.target.folder).encode(prompt)) + params.max_new_tokens
+        length = len(Tokenizer(load.target.folder).encode(prompt))
+        if load.target.config and length >= load.most_context:  # which the run would refuse, whatever is free
+            raise UsageError(
+                f"the prompt has {length} tokens, but the context holds {load.most_context}", hint="shorten the prompt"
+            )
+        context = length + params.max_new_tokens
     plan, longest = load.plan(context, sequences), load.longest(sequences)
     ways = [] if plan.fits else list(memory.changes(load, plan))
     if as_json:

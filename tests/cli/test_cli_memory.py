@@ -52,6 +52,15 @@ def test_dry_run_counts_the_prompt_and_its_output(call, tiny: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("nothing_is_read")
+def test_dry_run_refuses_a_prompt_that_the_run_would_refuse(call, tiny: Path) -> None:
+    result = call(
+        "generate", "-m", tiny, "--method", "none", "--dry-run", "--max-context", 4, "one two three four five"
+    )
+    assert (result.code, result.out) == (2, "")
+    assert "but the context holds 4" in result.error
+
+
+@pytest.mark.usefixtures("nothing_is_read")
 def test_dry_run_of_what_does_not_fit_says_what_to_change(
     call, tiny: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
