@@ -25,6 +25,7 @@ from quantspec.calibrate.train.config import PEagleConfig, Shape
 from quantspec.calibrate.train.methods.peagle import PEagleMethod
 from quantspec.calibrate.train.net import LlamaNet
 from quantspec.calibrate.train.rollout import Batch, Rollouts
+from quantspec.kernels.memory import peak_bytes
 
 SHAPE, VOCAB, NOWHERE = Shape(hidden=256, layers=3, heads=4, kv_heads=2, mlp=768), 4096, Path()
 MIB = 2**20
@@ -67,10 +68,7 @@ def _reset_peak(device: str) -> None:
 
 def _peak(device: str) -> int:
     """Bytes."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    return torch.cuda.max_memory_allocated() if device != "cpu" else peak_bytes()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

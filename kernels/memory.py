@@ -24,9 +24,9 @@ def peak_bytes() -> int:
     return status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def status_bytes(key: str) -> int:
-    """A figure of Linux's /proc/self/status, such as ``VmRSS``; 0 where there is none."""
-    return _kilobytes(_lines(Path("/proc/self/status")).get(key, "0 kB"))
+def status_bytes(key: str, process: int | str = "self") -> int:
+    """A figure of a process's status in Linux's /proc, such as ``VmRSS``; 0 where there is none."""
+    return _kilobytes(_lines(Path(f"/proc/{process}/status")).get(key, "0 kB"))
 
 
 def give_back_the_rest() -> None:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from quantspec.errors import QuantSpecError, one_line
+from quantspec.kernels.memory import status_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,14 +106,7 @@ def error_line(error: Exception) -> str:
     return one_line(text if isinstance(error, QuantSpecError) else f"{type(error).__name__}: {text}")
 
 
-def peak_memory(pid: int | str = "self") -> int | None:
-    """Bytes that a process has held in memory at most, files that it maps included; None where the system does not say.
-
-    Linux's VmHWM, which starts anew with each program: ``ru_maxrss`` starts with what the parent held.
-    """
-    try:
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-            line = next((line for line in file if line.startswith("VmHWM:")), None)
-    except OSError:
-        return None
-    return None if line is None else int(line.split()[1]) * 1024
+def peak_memory(process: int | str = "self") -> int | None:
+    """Bytes that a process has held in memory at most, files that it maps included; None where the system does not
+    say."""
+    return status_bytes("VmHWM", process) or None
