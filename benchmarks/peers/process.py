@@ -20,8 +20,8 @@ from quantspec.errors import one_line
 
 _CLOSING_SECONDS = 5.0
 _SPIN = "GOMP_SPINCOUNT"
-"""How long OpenMP's workers spin before they sleep. By libgomp's default transformers falls from 36 tokens/s to 1 beside
-two busy processes, so that short spinning is the kinder setting for it too."""
+"""How long OpenMP's workers spin before they sleep. Beside two busy processes transformers falls from 36 tokens/s
+to 1 by libgomp's default, so that short spinning is the kinder setting for it too."""
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
