@@ -1,6 +1,6 @@
 """What the controller costs a step: CPU time of ``budget`` and ``take``, least of several rounds, by draft width.
 
-    python -m quantspec.benchmarks.controller_step
+`python -m quantspec.benchmarks.controller_step`
 """
 
 from __future__ import annotations
