@@ -83,8 +83,9 @@ def train(
         nonlocal seen
         own = step * workers.world() + workers.rank()
         noise.manual_seed(config.optim.seed * 1_000_003 + own)
+        texts_of_step = batches[own].to(device)  # read outside: autocast has no rule for some of the types on disk
         with autocast(config.run):
-            batch = features.fill(batches[own].to(device))
+            batch = features.fill(texts_of_step)
             seen += int(batch.lens.sum()) * workers.world()
             rounded = scheme is not None and progress >= config.quantize_from
             loss, metrics = loss_under(method, scheme if rounded else None, batch, progress, noise)
