@@ -128,7 +128,8 @@ def test_the_nodes_worth_keeping_gain_most(scores: list[float], prices: list[flo
     gains = [0.0]
     for k, score in enumerate(scores[:most], 1):
         gains.append(gains[-1] + score - budget.price(k))
-    assert gains[budget.worth(scores)] == max(gains)
+    # Equal gains may part in the last bits of their sums of at most 12 numbers below 1.
+    assert gains[budget.worth(scores)] == pytest.approx(max(gains), abs=1e-12)
 
 
 def test_a_profile_survives_its_file(tmp_path) -> None:
