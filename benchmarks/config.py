@@ -156,9 +156,7 @@ class DraftersBench:
     """Of sampled texts, and of the order within a round."""
 
     def __post_init__(self) -> None:
-        if self.limit < 1 or self.max_new_tokens < 2:
-            found = f"{self.limit} and {self.max_new_tokens}"
-            raise UsageError(f"--limit must be at least 1 and --max-new-tokens at least 2, not {found}")
+        check_texts(self.limit, self.max_new_tokens)
         check_counts(self.threads, self.rounds)
 
 
@@ -185,6 +183,12 @@ def check_device_options(device: Device, threads: int | None, widths: tuple[int,
         raise UsageError("--threads is for the CPU", hint="leave it out with --device cuda")
     if device == "cuda" and max(widths) > MOST_CUDA_WIDTH:
         raise UsageError(f"on CUDA, widths are at most {MOST_CUDA_WIDTH} rows, not {max(widths)}")
+
+
+def check_texts(limit: int, max_new_tokens: int) -> None:
+    if limit < 1 or max_new_tokens < 2:
+        found = f"{limit} and {max_new_tokens}"
+        raise UsageError(f"--limit must be at least 1 and --max-new-tokens at least 2, not {found}")
 
 
 def check_counts(threads: int | None, rounds: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantspec.benchmarks.config import check_counts
+from quantspec.benchmarks.config import check_counts, check_texts
 from quantspec.errors import UsageError
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -66,9 +66,7 @@ class GenerateBench:
     """Of the order within a round."""
 
     def __post_init__(self) -> None:
-        if self.limit < 1 or self.max_new_tokens < 2:
-            found = f"{self.limit} and {self.max_new_tokens}"
-            raise UsageError(f"--limit must be at least 1 and --max-new-tokens at least 2, not {found}")
+        check_texts(self.limit, self.max_new_tokens)
         if self.peer_limit is not None and self.peer_limit < 1:
             raise UsageError(f"--peer-limit must be at least 1, not {self.peer_limit}", hint="or --peers none")
         if not 1 <= self.time_limit <= 86_400:
