@@ -122,4 +122,5 @@ def test_vllm_nulls_are_keys_that_are_not_there() -> None:
 
 def test_without_a_listener_a_key_without_effect_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="enforce_eager has no effect"):
-        EngineConfig.from_mapping({"speculative_config": {"method": "ngram", "enforce_eager": True}})
+        config = EngineConfig.from_mapping({"speculative_config": {"method": "ngram", "enforce_eager": True}})
+    assert config == EngineConfig(method="lookup")
