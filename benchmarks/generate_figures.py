@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import median
@@ -137,13 +137,14 @@ def _figures(
 ) -> tuple[dict[str, Any], dict[str, Interval]]:
     """The figures that have intervals, and these; ``plain`` are plain decoding's answers in the same turns, ``once``
     one of each prompt."""
-    by_prompt: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for (_, number), mine, other in zip(answers, answers.values(), plain, strict=True):
-        by_prompt[number].append((mine["seconds"], other["seconds"]))
-    tokens = [(mine["tokens"], other) for mine, other in zip(once, _plain_tokens(answers, plain), strict=True)]
-    found = speeds(list(by_prompt.values()), tokens)
+    pairs = [(number, (mine, other)) for (_, number), mine, other in zip(answers, answers.values(), plain, strict=True)]
+    found = _speeds(pairs, lambda answer: answer["seconds"], lambda answer: answer["tokens"])
+    told = [pair for pair in pairs if all(_after_first(answer) for answer in pair[1])]
+    if told:
+        decoding = _speeds(told, _after_first, lambda answer: answer["tokens"] - 1)
+        found["decode_speedup"] = decoding["speedup"]
     if not steady:
-        del found["speedup"]
+        found = {name: value for name, value in found.items() if not name.endswith("speedup")}
     lengths = [_emitted(answer["accepted"]) for answer in once]
     if any(forwards for _, forwards in lengths):
         length = ratio(lengths)
@@ -152,8 +153,21 @@ def _figures(
     return figures, {name: (round(low, 4), round(high, 4)) for name, (_, (low, high)) in found.items()}
 
 
-def _plain_tokens(answers: Mapping[tuple[int, int], Any], plain: Sequence[Mapping[str, Any]]) -> list[int]:
-    return list({key[1]: each["tokens"] for key, each in zip(answers, plain, strict=True)}.values())
+def _speeds(
+    pairs: Sequence[tuple[int, tuple[Turn, Turn]]], seconds: Callable[[Turn], float], tokens: Callable[[Turn], int]
+) -> dict[str, tuple[float, Interval]]:
+    """``speeds`` of answers (method, plain) by the prompts' numbers, by what counts as time and tokens of an answer."""
+    times, counts = defaultdict[int, list[tuple[float, float]]](list), dict[int, tuple[int, int]]()
+    for number, (mine, other) in pairs:
+        times[number].append((seconds(mine), seconds(other)))
+        counts[number] = (tokens(mine), tokens(other))
+    return speeds(list(times.values()), list(counts.values()))
+
+
+def _after_first(answer: Mapping[str, Any]) -> float:
+    """Seconds from the first token to the last; 0 where an engine does not tell, or there is no second token."""
+    first = answer["first_token_seconds"]
+    return 0.0 if first is None or answer["tokens"] < 2 else max(answer["seconds"] - first, 0.0)
 
 
 def speeds(

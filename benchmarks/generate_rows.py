@@ -31,6 +31,8 @@ class Row:
 
     ``kind`` is ``"ours"`` or ``"peer"``. Texts that loop are left out of all figures but the comparison. ``speedup`` is
     the quotient of tokens/s with plain decoding here on the same prompts, and None on a machine that was too noisy.
+    ``decode_speedup`` is that of the tokens after the first, from the first token on: without the prompt's forward, and
+    with what a drafter takes to read the prompt.
     ``acceptance_length`` are tokens per target forward, the target's own counted and the prompt's forward not.
     ``equal_to_plain``: every text is that of plain decoding; ``equal_share``: the share of texts that are.
     ``step_ms`` are the milliseconds of a step by part (``PARTS``), without the prompt's forward and the drafter's own
@@ -45,6 +47,7 @@ class Row:
     kind: str = "ours"
     tokens_per_second: float | None = None
     speedup: float | None = None
+    decode_speedup: float | None = None
     acceptance_length: float | None = None
     equal_to_plain: bool | None = None
     equal_share: float | None = None

@@ -8,7 +8,7 @@ from quantspec.benchmarks.generate_charts import label
 from quantspec.benchmarks.generate_rows import ALL, PARTS, Report, Row
 
 COLUMNS = (
-    "method", "tokens/s", "to plain", "acceptance length", "forwards", "step, ms", "peak MB",
+    "method", "tokens/s", "to plain", "decoding alone", "acceptance length", "forwards", "step, ms", "peak MB",
     "equal to plain",
 )  # fmt: skip
 NO_FIGURE = "-"
@@ -24,6 +24,7 @@ def cells(row: Row) -> list[str]:
         label(row.method),
         _with_interval(row, "tokens_per_second", 0 if (row.tokens_per_second or 0) >= 100 else 1),
         _with_interval(row, "speedup", 2, "x"),
+        _with_interval(row, "decode_speedup", 2, "x"),
         NO_FIGURE if row.acceptance_length is None else f"{row.acceptance_length:.2f}",
         NO_FIGURE if row.target_forwards is None else str(row.target_forwards),
         " + ".join(step) or NO_FIGURE,
@@ -44,8 +45,9 @@ def closing(report: Report) -> Iterator[str]:
     yield (
         f"{report.prompts} prompts of up to {settings.get('max_new_tokens')} tokens, greedy, {settings.get('rounds')} "
         f"rounds, {settings.get('threads')} threads; each contender in a process of its own, one at work at a time, in "
-        "a new order each turn. Of a prompt's rounds the median time counts, prefills included; in brackets 95% "
-        f"bootstraps over prompts and rounds. {loops} prompts whose text loops are left out of all but the comparison. "
+        "a new order each turn. Of a prompt's rounds the median time counts, prefills included; 'decoding alone' "
+        "is to plain too, from the first token on; in brackets 95% bootstraps over prompts and rounds. "
+        f"{loops} prompts whose text loops are left out of all but the comparison. "
         "Forwards, and steps (draft + verify + other), are without the prompts' own."
     )
     if report.noise is not None:

@@ -67,6 +67,9 @@ def test_figures_of_equal_times() -> None:
     assert eagle.target_forwards == 12
     assert eagle.step_ms == {"draft": 0.5, "verify": 5.0, "overhead": 0.0}
     assert eagle.intervals["speedup"] == (2.0, 2.0)
+    # 8 tokens after the first in 0.9 s, and in 1.9 s.
+    assert eagle.decode_speedup == pytest.approx(1.9 / 0.9, abs=1e-4)
+    assert eagle.intervals["decode_speedup"] == (eagle.decode_speedup, eagle.decode_speedup)
     assert (eagle.prompts, eagle.texts, eagle.new_tokens, eagle.peak_memory_bytes) == (3, 6, 27, 10**6)
     assert (eagle.equal_to_plain, eagle.equal_share, eagle.exactness) == (True, 1.0, "exact")
     # 8 tokens in 4 s where plain decoding gives 9 in 2 s, on the prompts that it got.
@@ -85,6 +88,15 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
         path.write_text(damage)
         with pytest.raises(ModelError):
             Report.load(path)
+
+
+def test_decoding_alone_needs_a_first_token_and_a_second() -> None:
+    untold = {**answer(9, 1.0, (2, 0, 2)), "first_token_seconds": None}
+    turns = {key: turn(key[1], (untold, answer(1, 1.0, (1,)), answer(9, 1.0, (2, 0, 2)))[key[1]]) for key in TURNS}
+    found = report(turns)
+    assert row(found, "eagle").decode_speedup == pytest.approx(1.9 / 0.9, abs=1e-4)  # of the third prompt
+    assert row(found, "eagle", "a").decode_speedup is None
+    assert cells(row(found, "eagle", "a"))[COLUMNS.index("decoding alone")] == "-"
 
 
 def test_the_median_of_a_prompts_rounds_counts() -> None:
@@ -124,8 +136,8 @@ def test_no_speedup_on_a_noisy_machine() -> None:
     assert found.noise is not None
     assert "too noisy" in (found.noise.refusal or "")
     eagle = row(found, "eagle")
-    assert (eagle.speedup, eagle.tokens_per_second) == (None, 9.0)
-    assert "speedup" not in eagle.intervals
+    assert (eagle.speedup, eagle.decode_speedup, eagle.tokens_per_second) == (None, None, 9.0)
+    assert not [name for name in eagle.intervals if name.endswith("speedup")]
     assert cells(eagle)[COLUMNS.index("to plain")] == "-"
     assert any("too noisy" in line for line in closing(found))
 
