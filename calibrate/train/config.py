@@ -228,6 +228,8 @@ class Eagle3Config(DrafterConfig):
     feature_weight: float = 0.0
     """Weight of SmoothL1 between the head's outputs and the base's own features, as an EAGLE-2 head learns: short
     trainings learn more from it."""
+    feature_until: float = 1.0
+    """Progress from which that weight is 0, and tokens alone are learned."""
     layer_ids: tuple[int, ...] = ()
     """Layers after which the base is tapped, from 0; empty: 1, half, and three before the last."""
     fc_norm: bool = False

@@ -213,6 +213,17 @@ def test_a_head_that_learns_features_starts_from_them(model: Path, texts: Rollou
     torch.testing.assert_close(normalize(state, dim=-1), normalize(features, dim=-1), rtol=0, atol=1e-5)  # fp32
 
 
+def test_features_are_learned_until_they_are_not(model: Path, texts: Rollouts) -> None:
+    with_features, without = (method_of(model, texts, feature_weight=w, feature_until=0.6) for w in (10.0, 0.0))
+    without.net.load_state_dict(with_features.net.state_dict())
+    batch = batch_of(without, texts)
+    early, late, tokens_alone = (
+        float(method.loss(batch, progress, torch.Generator())[0])
+        for method, progress in ((with_features, 0.59), (with_features, 0.6), (without, 0.59))
+    )
+    assert late == tokens_alone < early
+
+
 def test_taps_are_checked_and_simulated_length_multiplies(model: Path, texts: Rollouts) -> None:
     assert default_taps(32) == (1, 15, 28)
     with pytest.raises(UsageError, match="no default taps"):

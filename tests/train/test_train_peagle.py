@@ -136,6 +136,14 @@ def test_parts_give_the_gradients_of_the_whole(model: Path, texts: Rollouts, cou
         assert float((split[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name  # the promise
 
 
+def test_features_are_learned_until_they_are_not(model: Path, texts: Rollouts) -> None:
+    method = method_of(model, texts, draft_vocab_size=200, feature_weight=3.0, feature_until=0.6)
+    batch, drawn = batch_of(method, texts), torch.Generator
+    early, late = (float(method.loss(batch, at, drawn().manual_seed(3))[0]) for at in (0.59, 0.6))
+    method.config = replace(method.config, feature_weight=0.0)
+    assert late == float(method.loss(batch, 0.59, drawn().manual_seed(3))[0]) < early
+
+
 @pytest.mark.parametrize("weight", [0.0, 3.0])
 def test_the_loss_is_that_of_loops_over_texts_and_elements(model: Path, texts: Rollouts, weight: float) -> None:
     """Each element alone with what it sees, which must not depend on what else was drawn."""

@@ -86,7 +86,7 @@ class Eagle3Method:
     def loss(self, batch: Batch, progress: float, noise: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         """Mean loss of every draft step against the base's distribution on the draft vocabulary, discounted."""
         steps = self.config.unroll if progress >= self.config.unroll_from else 1
-        weight = self.config.feature_weight
+        weight = self._feature_weight(progress)
         total, metrics = torch.zeros((), device=batch.ids.device), {}
         for j, (features, output) in enumerate(self._chains(batch, steps)):
             with torch.no_grad():
@@ -103,6 +103,9 @@ class Eagle3Method:
             hits = self.ids[guess.detach().argmax(-1)] == choice
             metrics[f"accuracy.{j}"] = float(hits.float().mean())
         return total, metrics
+
+    def _feature_weight(self, progress: float) -> float:
+        return self.config.feature_weight if progress < self.config.feature_until else 0.0
 
     def _chains(self, batch: Batch, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Per draft step, features [n, hidden] of the base and normed outputs [n, hidden] of the head for the same

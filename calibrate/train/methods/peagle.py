@@ -94,13 +94,14 @@ class PEagleMethod(Eagle3Method):
         rows = sum(int((own & self._judged(elements, wanted)).sum()) for elements, own in divided)
         hits = torch.full((*wanted.shape, self.config.depths), -1, dtype=torch.int8)
         weights = [p for p in self.net.parameters() if p.requires_grad]
+        part_loss = partial(self._part_loss, batch, wanted, self._feature_weight(progress), hits)
         if len(divided) == 1:
-            total = self._part_loss(batch, wanted, *divided[0], hits) / max(rows, 1)
+            total = part_loss(*divided[0]) / max(rows, 1)
         else:
             total = torch.zeros((), device=wanted.device)
             gradients: list[torch.Tensor | None] = [None] * len(weights)
             for elements, own in divided:
-                loss = self._part_loss(batch, wanted, elements, own, hits) / max(rows, 1)
+                loss = part_loss(elements, own) / max(rows, 1)
                 total += loss.detach()
                 for i, more in enumerate(torch.autograd.grad(loss, weights, allow_unused=True)):
                     have = gradients[i]
@@ -126,8 +127,9 @@ class PEagleMethod(Eagle3Method):
         return wanted.gather(1, slot) & (elements >= 0)
 
     def _part_loss(
-        self, batch: Batch, wanted: torch.Tensor, elements: torch.Tensor, own: torch.Tensor, hits: torch.Tensor
-    ) -> torch.Tensor:
+        self, batch: Batch, wanted: torch.Tensor, feature_weight: float, hits: torch.Tensor, elements: torch.Tensor,
+        own: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """Summed over the part's own elements; notes in `hits [B, S, depths]` which ones guessed the base's choice."""
         counted = own & self._judged(elements, wanted)
         outputs = self._outputs_of(batch, elements)[counted]
@@ -143,9 +145,9 @@ class PEagleMethod(Eagle3Method):
             hits[text.cpu(), anchor.cpu(), depth.cpu()] = right.to("cpu", torch.int8)
             labels = logits[:, self.ids].softmax(-1)
         total = LOSSES[self.config.loss](guess, labels[which]).sum()
-        if self.config.feature_weight:
+        if feature_weight:
             apart = F.smooth_l1_loss(outputs, features[which], reduction="none")
-            total = total + self.config.feature_weight * apart.mean(-1).sum()
+            total = total + feature_weight * apart.mean(-1).sum()
         return total
 
     def _outputs_of(self, batch: Batch, elements: torch.Tensor) -> torch.Tensor:
