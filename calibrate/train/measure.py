@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantspec.engine.stats import Stats
 
 TREE_NODES, TREE_DEPTH, TREE_TOP_K = 15, 6, 4
-_TAUS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
+_TAUS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
 _MAX_TEXTS = 60
 _FAR = -50.0  # of a token that the drafter cannot say: as bad under every tau
 LOOP = 0.6
@@ -76,24 +76,28 @@ def distinct_4grams(texts: Rollouts, index: int) -> float:
 
 @torch.no_grad()
 def fit_tau(
-    method: Method, features: OnlineFeatures, texts: Rollouts, temperatures: tuple[float, ...] = (0.8, 1.0)
+    method: Method, features: OnlineFeatures, texts: Rollouts, temperatures: tuple[float, ...] = (0.0, 0.8, 1.0)
 ) -> dict[str, float]:
     """Per temperature the tau for which softmax((log q - log E) / tau) finds the verifier's draw likeliest.
 
-    E is the exponential noise that drafter and verifier share: the verifier draws argmax(log p - log E).
+    E is the exponential noise that drafter and verifier share: the verifier draws argmax(log p - log E). At temperature
+    0 there is none, and the verifier takes argmax p.
     """
     result = {}
     for temperature in temperatures:
         generator = torch.Generator().manual_seed(0)
         likelihood = torch.zeros(len(_TAUS), dtype=torch.float64)
-        chosen = [i for i in range(len(texts)) if abs(float(texts.temperatures[i]) - temperature) < 1e-3][:_MAX_TEXTS]
+        drawn_at = [i for i in range(len(texts)) if abs(float(texts.temperatures[i]) - temperature) < 1e-3][:_MAX_TEXTS]
+        chosen = drawn_at if temperature else greedy_texts(texts)
         for index in chosen or range(min(len(texts), _MAX_TEXTS)):
             batch = features.fill(texts.batch([index]).to(str(features.base.model.norm.weight.device)))
             for truth, guess in islice(method.guesses(batch), 2):
-                surprise = -torch.empty(truth.shape).exponential_(generator=generator).log().to(truth)
-                drawn = ((truth / temperature).log_softmax(-1) + surprise).argmax(-1, keepdim=True)
-                scores = (guess / temperature).log_softmax(-1) + surprise
-                found = [(scores / t).log_softmax(-1).gather(1, drawn).clamp_min(_FAR) for t in _TAUS]
+                if temperature:
+                    surprise = -torch.empty(truth.shape).exponential_(generator=generator).log().to(truth)
+                    truth = (truth / temperature).log_softmax(-1) + surprise
+                    guess = (guess / temperature).log_softmax(-1) + surprise
+                drawn = truth.argmax(-1, keepdim=True)
+                found = [(guess / t).log_softmax(-1).gather(1, drawn).clamp_min(_FAR) for t in _TAUS]
                 likelihood += torch.stack([rows.double().sum().cpu() for rows in found])
         result[f"{temperature:g}"] = _TAUS[int(likelihood.argmax())]
     return result

@@ -53,7 +53,9 @@ def _best_of_blocks(
         score /= tl.load(warp)
     if NOISE:
         t = (tl.load(length) + 1 + level).to(tl.uint64)
-        score = (score - _log_exponential(tl.load(key).to(tl.uint64, bitcast=True), t, token)) / tl.load(warp + 1)
+        score -= _log_exponential(tl.load(key).to(tl.uint64, bitcast=True), t, token)
+    if NOISE or not WARM:  # a truncated row's maximum and sum are those of its probabilities
+        score /= tl.load(warp + 1)
     part = row * tl.num_programs(1) + block
     best = tl.max(score, 0)
     tl.store(maxima + part, best)

@@ -57,14 +57,13 @@ class View:
 
         ``logits [m, W]`` are the drafter's rows, ``paths[i]`` the draft tokens that lead from the last committed token
         to row i, ``ids [W]`` maps a trimmed draft vocabulary to target ids (None: the same). Returns log scores ``[m,
-        W]``: ``log_softmax((log q - log E) / tau)`` at temperature > 0 with a stream, ``log_softmax`` of the warped row
-        else.
+        W]``: ``log_softmax((log q - log E) / tau)`` at temperature > 0 with a stream, ``log_softmax(row / tau)`` of greedy
+        drafts, which guess a choice and no draw, and ``log_softmax`` of the warped row else.
         """
         rows = self._spread(logits, ids)
         states, positions = self._rows(paths)
-        scores = log_scores(
-            self.chain.apply_rows(states, rows), positions, None if self.chain.greedy else self.stream, tau
-        )
+        warped, stream = self.chain.apply_rows(states, rows), None if self.chain.greedy else self.stream
+        scores = log_scores(warped, positions, stream, self._tau(tau))
         return scores if ids is None else scores[:, ids]
 
     def best(
@@ -75,10 +74,13 @@ class View:
 
         Truncation may cut a few entries sooner or later. A row ends in -inf where fewer than k tokens can be drawn.
         """
-        noisy = not self.chain.greedy and self.stream is not None
         states, positions = self._rows(paths)
         race = self.chain.race(states, self._spread(logits, ids), positions, self.stream, exact=False)
-        return race.best(k, tau if noisy else 1.0)
+        return race.best(k, self._tau(tau))
+
+    def _tau(self, tau: float) -> float:
+        """Of draws without noise (the ratio rule's), the drafter's distribution is what is asked."""
+        return tau if self.chain.greedy or self.stream is not None else 1.0
 
     def _spread(self, logits: Tensor, ids: Tensor | None) -> Tensor:
         """Rows on the target's vocabulary; -inf for tokens that the drafter does not have."""
@@ -98,11 +100,11 @@ class View:
 
 def log_scores(warped: Tensor, positions: Sequence[int], stream: Stream | None, tau: float = 1.0) -> Tensor:
     """``log_softmax((row - log E) / tau)`` of warped rows ``[m, V]`` at absolute positions ``[m]``; without a stream,
-    ``log_softmax`` of the rows."""
+    ``log_softmax(row / tau)``."""
     if stream is not None:
         noise = np.stack([stream.noise(t, warped.shape[1]) for t in positions])
-        warped = (warped - torch.from_numpy(noise).to(warped.device)) / tau
-    return torch.log_softmax(warped, dim=-1)
+        warped = warped - torch.from_numpy(noise).to(warped.device)
+    return torch.log_softmax(warped / tau, dim=-1)
 
 
 class Drafter(Protocol):

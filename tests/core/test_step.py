@@ -170,8 +170,7 @@ def test_view_scores() -> None:
         view = session.view()
         warped = view.chain.apply_rows([view.state] * 2, logits)
         noise = torch.tensor([session.stream.noise(t, 16).tolist() for t in (4, 5)]) if params is WARM else 0.0
-        tau = 0.7 if params is WARM else 1.0
-        expected = torch.log_softmax((warped - noise) / tau, -1)
+        expected = torch.log_softmax((warped - noise) / 0.7, -1)
         assert view.scores(logits, paths, tau=0.7).equal(expected)
         trimmed = view.scores(logits[:, ids], paths, ids, tau=0.7)
         wide = torch.full((2, 16), -math.inf)
@@ -180,7 +179,7 @@ def test_view_scores() -> None:
     hidden = open_session(Verifier(model, rule="ratio"), WARM).view()
     assert hidden.stream is None
     assert hidden.draft_stream is not None
-    assert hidden.scores(logits, paths).equal(
+    assert hidden.scores(logits, paths, tau=0.7).equal(
         torch.log_softmax(hidden.chain.apply_rows([hidden.state] * 2, logits), -1)
     )
 

@@ -178,12 +178,15 @@ def test_a_target_that_hands_out_no_parts_and_a_pickle_are_refused(tmp_path: Pat
         Eagle(tmp_path).prepare(TargetParts(family["target"]))
 
 
-def test_tau_is_linear_between_temperatures(family) -> None:
+def test_tau_is_linear_between_temperatures_above_0(family) -> None:
     config = HeadConfig.load(family["head"])
     assert config.tau_at(0.3) == config.tau_at(1.5) == 0.7
     several = HeadConfig(config.model, True, {0.5: 0.6, 1.0: 1.0})
     assert [several.tau_at(t) for t in (0.2, 0.5, 0.75, 1.0, 2.0)] == pytest.approx([0.6, 0.6, 0.8, 1.0, 1.0])
     assert HeadConfig(config.model, True, {}).tau_at(0.8) == 1.0
+    # Greedy text has no noise: a tau of its own, or none.
+    assert (several.tau_at(0.0), HeadConfig(config.model, True, {0.0: 0.4, 1.0: 1.0}).tau_at(0.0)) == (1.0, 0.4)
+    assert HeadConfig(config.model, True, {0.0: 0.4, 1.0: 0.9}).tau_at(0.1) == 0.9
 
 
 @pytest.mark.parametrize("options", [{"top_k": 0}, {"depth": 0}])

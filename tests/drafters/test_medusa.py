@@ -38,7 +38,7 @@ def family(tmp_path_factory: pytest.TempPathFactory):
     models = load_family(root)
     noise = torch.Generator().manual_seed(9)
     random = {name: torch.randn(each.shape, generator=noise) for name, each in head_tensors().items()}
-    trimmed = VLLM | {"truncated_vocab_size": len(IDS), "quantspec": {"tau": {"0.8": 0.7}}}
+    trimmed = VLLM | {"truncated_vocab_size": len(IDS), "quantspec": {"tau": {"0": 0.3, "0.8": 0.7}}}
     return models | {
         "whole": write(root / "whole", VLLM, head_tensors()),
         "trimmed": write(root / "trimmed", trimmed, head_tensors(ids=IDS)),
@@ -111,7 +111,7 @@ def test_scores_are_path_products_of_the_heads_own_rows(family, params: Sampling
     drafter.prepare(TargetParts(family["target"]))
     feature = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(3))
     draft, view = drafted(drafter, [3, 10, 17, 24], feature, params, Budget(12, 8))
-    weight, tau = head_tensors(ids=IDS), 0.7 if params.temperature else 1.0
+    weight, tau = head_tensors(ids=IDS), 0.7 if params.temperature else 0.3
     assert len(draft) == 12 or (params.top_p < 1 and len(draft) > 5)
     assert max(draft.depths()) == HEADS
     assert set(draft.tokens) <= set(IDS.tolist())

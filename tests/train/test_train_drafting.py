@@ -165,8 +165,10 @@ def test_tau_is_small_for_a_perfect_drafter_and_large_for_a_blind_one(model: Pat
     for truth in (1.0, -1.0):
         method.net = Given(TINY)
         method.net.truth = truth
-        taus.append(measure.fit_tau(method, OnlineFeatures(net, (), own=True), texts, (0.8,))["0.8"])
-    assert taus[0] < taus[1]
+        taus.append(measure.fit_tau(method, OnlineFeatures(net, (), own=True), texts))
+    assert set(taus[0]) == {"0", "0.8", "1"}
+    for perfect, blind in zip(*(each.values() for each in taus), strict=True):
+        assert perfect < blind
 
 
 def test_a_saved_head_is_what_the_generating_side_reads(model: Path, head: EagleHead, tmp_path: Path) -> None:
