@@ -209,6 +209,8 @@ class EagleConfig(DrafterConfig):
     """Weight of the distance to the base's features."""
     noise: float = 0.1
     """Half-width of the uniform noise on input features, in units of their root mean square."""
+    start: Path | None = None
+    """An EAGLE-1/2 head of the same shape to start from."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,8 @@ class Eagle3Config(DrafterConfig):
     """One norm on all tapped streams together."""
     norm_before_residual: bool = False
     """The residual stream starts from the normed input."""
+    start: Path | None = None
+    """An EAGLE-3 head on the same layers and draft vocabulary to start from."""
 
 
 @dataclass(frozen=True)
@@ -256,8 +260,6 @@ class PEagleConfig(Eagle3Config):
     """Share of all slots that every depth keeps at least."""
     partitions: int = 1
     """Parts that texts are learned in, one after the other: more take less memory, and the gradient is the same."""
-    start: Path | None = None
-    """An EAGLE-3 head on the same layers and draft vocabulary to start from."""
 
 
 @dataclass(frozen=True)

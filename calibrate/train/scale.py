@@ -66,6 +66,8 @@ def _check(config: ScaleConfig) -> None:
     if min((*tokens, *layers), default=0) < 1:
         raise UsageError("a grid needs tokens and layers above 0", hint="give --grid-tokens and --grid-layers")
     refuse_few(len(set(tokens)) * len(set(layers)), len(set(tokens)), len(set(layers)))
+    if config.start is not None:
+        raise UsageError("a law is of heads that start from nothing", hint="leave --start out")
     if config.budget_tokens:
         refuse_far("training tokens", config.budget_tokens, tokens)
 

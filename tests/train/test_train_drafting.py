@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from train_helpers import RUN, TINY
 
 from quantspec.calibrate.train import measure
@@ -17,8 +18,12 @@ from quantspec.calibrate.train.methods.eagle import EagleHead, EagleMethod
 from quantspec.calibrate.train.net import LlamaNet
 from quantspec.calibrate.train.prompts import Prompt
 from quantspec.calibrate.train.rollout import Batch, Rollouts, fingerprint, generate, run, sample
+from quantspec.errors import ModelError
+from quantspec.models.atomic import write_json
+from quantspec.models.json_files import read_object
 
 MAX = 24
+FOUR = torch.arange(4), torch.zeros(4, 1)
 
 
 def greedy(net: torch.nn.Module, prompt: list[int]) -> list[int]:
@@ -177,13 +182,22 @@ def test_a_saved_head_is_what_the_generating_side_reads(model: Path, head: Eagle
     from quantspec.drafters.eagle_head import read_head
 
     net = load_net(model)
-    method = EagleMethod(EagleConfig(model, model, tmp_path), net, texts_of(torch.arange(4), torch.zeros(4, 1), 2))
+    method = EagleMethod(EagleConfig(model, model, tmp_path), net, texts_of(*FOUR, 2))
     method.net = head
     method.save(tmp_path, {"0.8": 0.6, "1": 0.7})
     saved = EagleHead(TINY)
     saved.load_state_dict({name: tensor.bfloat16().float() for name, tensor in head.state_dict().items()})
     drafter = Drafter(*read_head(tmp_path), torch.device("cpu"), torch.float32)
     assert drafter.config.tau_at(0.8) == 0.6
+    again = EagleMethod(EagleConfig(model, model, model, start=tmp_path), net, method_texts := texts_of(*FOUR, 2))
+    assert all(again.net.state_dict()[name].equal(tensor) for name, tensor in saved.state_dict().items())
+    with pytest.raises(ModelError, match="another shape"):
+        EagleMethod(EagleConfig(model, model, model, start=tmp_path, mlp=64), net, method_texts)
+    tensors = {name: tensor for name, tensor in saved.state_dict().items() if name != "fc.bias"}
+    save_file(tensors, tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", read_object(tmp_path / "config.json") | {"bias": False})
+    with pytest.raises(ModelError, match=r"fc\.bias is in only one"):
+        EagleMethod(EagleConfig(model, model, model, start=tmp_path), net, method_texts)
     slots, generator = 6, torch.Generator().manual_seed(8)
     features = torch.randn(slots, TINY.hidden, generator=generator)
     embedded = torch.randn(slots, TINY.hidden, generator=generator)

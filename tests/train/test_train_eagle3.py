@@ -11,7 +11,7 @@ from torch.nn.functional import normalize, smooth_l1_loss
 from train_helpers import TINY
 
 from quantspec.calibrate.train.checkpoint import fake_quantize, load_net
-from quantspec.calibrate.train.config import Eagle3Config
+from quantspec.calibrate.train.config import Eagle3Config, Optim
 from quantspec.calibrate.train.features import OnlineFeatures
 from quantspec.calibrate.train.methods.eagle3 import Eagle3Method, default_taps
 from quantspec.calibrate.train.methods.eagle3_net import Eagle3Net, Flags
@@ -21,7 +21,7 @@ from quantspec.calibrate.train.vocabulary import draft_vocabulary
 from quantspec.drafters.eagle3_files import read_eagle3
 from quantspec.drafters.eagle3_head import FLAGS, Eagle3Head
 from quantspec.drafters.eagle3_head import Eagle3Config as HeadConfig
-from quantspec.errors import UsageError
+from quantspec.errors import ModelError, UsageError
 from quantspec.models.config import ModelConfig
 from quantspec.numerics.scheme import Scheme
 
@@ -222,6 +222,18 @@ def test_features_are_learned_until_they_are_not(model: Path, texts: Rollouts) -
         for method, progress in ((with_features, 0.59), (with_features, 0.6), (without, 0.59))
     )
     assert late == tokens_alone < early
+
+
+def test_training_starts_from_a_head(model: Path, texts: Rollouts, tmp_path: Path) -> None:
+    first = method_of(model, texts, draft_vocab_size=200, mlp=128)
+    first.save(tmp_path / "head", {})
+    second = method_of(model, texts, draft_vocab_size=200, mlp=128, start=tmp_path / "head", optim=Optim(seed=7))
+    for name, tensor in first.net.state_dict().items():
+        assert second.net.state_dict()[name].equal(tensor.bfloat16().float()), name
+    with pytest.raises(ModelError, match="another shape"):
+        method_of(model, texts, draft_vocab_size=200, mlp=256, start=tmp_path / "head")
+    with pytest.raises(ModelError, match="drafts other tokens"):
+        method_of(model, texts, mlp=128, start=tmp_path / "head")
 
 
 def test_taps_are_checked_and_simulated_length_multiplies(model: Path, texts: Rollouts) -> None:

@@ -80,6 +80,7 @@ def test_a_folder_of_other_runs_is_refused(grid: ScaleConfig) -> None:
         ({"grid_tokens": (300, 300, 300)}, "too few"),
         ({"grid_layers": (0, 1)}, "tokens and layers above 0"),
         ({"grid_tokens": ()}, "0 runs of 0 amounts of data"),
+        ({"start": Path("head")}, "of heads that start from nothing"),
         ({"budget_tokens": 5000}, "5000 training tokens are more than 4 times outside the 300 to 1200 measured"),
     ],
 )

@@ -24,7 +24,10 @@ from quantspec.calibrate.train.losses import mean_loss
 from quantspec.calibrate.train.net import Layer, LlamaNet, rope_table
 from quantspec.calibrate.train.rollout import Batch, Rollouts, fingerprint
 from quantspec.calibrate.train.trainer import Guess, head_shape, train
+from quantspec.drafters.eagle_head import read_head
+from quantspec.errors import ModelError
 from quantspec.models.atomic import make_folder, save_tensors, write_json
+from quantspec.models.weights import to_dense
 from quantspec.types import Tap
 
 
@@ -123,6 +126,21 @@ class EagleMethod:
         self.config, self.base = config, base
         self.shape = head_shape(config, base.shape)
         self.net = EagleHead(self.shape).init_weights(config.optim.seed).to(base.model.norm.weight.device)
+        if config.start is not None:
+            self._start_from(config.start)
+
+    def _start_from(self, folder: Path) -> None:
+        """Take a head's weights. Raises ``ModelError``."""
+        (_, stored), own = read_head(folder), self.net.state_dict()
+        tensors = {name: to_dense(weight).float() for name, weight in stored.items()}
+        if name := next(iter(tensors.keys() ^ own.keys()), None):
+            raise ModelError(
+                f"{folder}: {name} is in only one of that head and the one to train",
+                hint="start from a head with a bias and without vocabularies of its own",
+            )
+        if name := next((name for name in own if own[name].shape != tensors[name].shape), None):
+            raise ModelError(f"{folder}: {name} has another shape than this head's", hint="give its MLP width")
+        self.net.load_state_dict(tensors)
 
     def loss(self, batch: Batch, progress: float, noise: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         """Generated text only, steps discounted by `step_decay`."""

@@ -24,11 +24,12 @@ from quantspec.calibrate.train.net import LlamaNet
 from quantspec.calibrate.train.rollout import Batch, Rollouts, fingerprint
 from quantspec.calibrate.train.trainer import Guess, head_shape, train
 from quantspec.calibrate.train.vocabulary import draft_vocabulary, membership
-from quantspec.drafters.eagle3_files import save_flat
+from quantspec.drafters.eagle3_files import read_eagle3, save_flat
 from quantspec.drafters.eagle3_head import Eagle3Config as Eagle3HeadConfig
 from quantspec.drafters.head_keys import LAYER_KEYS
-from quantspec.errors import UsageError
+from quantspec.errors import ModelError, UsageError
 from quantspec.models.config import ModelConfig
+from quantspec.models.weights import to_dense
 from quantspec.types import Tap
 
 
@@ -63,6 +64,8 @@ class Eagle3Method:
             self.net.lm_head.weight.copy_(base.head_weight[self.ids])
             self.net.norm.weight.copy_(base.model.norm.weight)
             self._level(texts)
+        if config.start is not None:
+            self._start_from(config.start)
         self.net.lm_head.weight.requires_grad_(not config.keep_lm_head)
 
     def _new_net(self) -> Eagle3Net:
@@ -82,6 +85,20 @@ class Eagle3Method:
         if self.flags.norm_before_fc:
             rms = rms / rms.pow(2).mean().sqrt()
         self.net.fc.weight.div_(rms.repeat_interleave(hidden))
+
+    def _start_from(self, folder: Path) -> None:
+        """Take an EAGLE-3 head's weights; layers that it does not have start as the identity. Raises ``ModelError``."""
+        found, stored, ids = read_eagle3(folder)
+        tensors = {name: to_dense(weight).float() for name, weight in stored.items()}
+        own, flags = self.net.state_dict(), frozenset(name for name, on in vars(self.flags).items() if on)
+        if (found.taps, found.flags) != (self.taps, flags):
+            raise ModelError(f"{folder} reads its base otherwise", hint="give its layer ids and flags")
+        if ids is not None and not ids.equal(self.ids.cpu()):
+            raise ModelError(f"{folder} drafts other tokens", hint="give its draft vocabulary size and its rollouts")
+        wrong = [name for name, tensor in tensors.items() if own.get(name, tensor[:0]).shape != tensor.shape]
+        if wrong:
+            raise ModelError(f"{folder}: {wrong[0]} has another shape than this head's", hint="give its MLP width")
+        self.net.load_state_dict(tensors, strict=False)
 
     def loss(self, batch: Batch, progress: float, noise: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         """Mean loss of every draft step against the base's distribution on the draft vocabulary, discounted."""

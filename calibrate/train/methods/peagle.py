@@ -27,7 +27,6 @@ from quantspec.calibrate.train.methods.peagle_rows import AnchoredMask, padded, 
 from quantspec.calibrate.train.net import LlamaNet
 from quantspec.calibrate.train.rollout import Batch, Rollouts
 from quantspec.calibrate.train.trainer import Guess, train
-from quantspec.drafters.eagle3_files import read_eagle3
 from quantspec.drafters.peagle_files import PEagleConfig as PEagleHeadConfig
 from quantspec.drafters.peagle_files import save_flat
 from quantspec.errors import ModelError, UsageError
@@ -60,8 +59,6 @@ class PEagleMethod(Eagle3Method):
         super().__init__(config, base, texts)
         with torch.no_grad():
             self.net.embed_tokens.weight.copy_(base.model.embed_tokens.weight)
-        if config.start is not None:
-            self._start_from(config.start)
         self.mask = AnchoredMask(int(texts.starts.diff().max()) - 1, config.depths)
 
     def _new_net(self) -> Eagle3Net:
@@ -69,19 +66,6 @@ class PEagleMethod(Eagle3Method):
             self.shape, self.base.shape.hidden, len(self.taps), len(self.ids), self.flags, self.base.vocab,
             self.mask_token,
         )  # fmt: skip
-
-    def _start_from(self, folder: Path) -> None:
-        """Take an EAGLE-3 head's weights; layers that it does not have start as the identity."""
-        found, tensors, ids = read_eagle3(folder)
-        own, flags = self.net.state_dict(), frozenset(name for name, on in vars(self.flags).items() if on)
-        if (found.taps, found.flags) != (self.taps, flags):
-            raise ModelError(f"{folder} reads its base otherwise", hint="give its layer ids and flags")
-        if ids is not None and not ids.equal(self.ids.cpu()):
-            raise ModelError(f"{folder} drafts other tokens", hint="give its draft vocabulary size and its rollouts")
-        wrong = [name for name, tensor in tensors.items() if own.get(name, tensor[:0]).shape != tensor.shape]
-        if wrong:
-            raise ModelError(f"{folder}: {wrong[0]} has another shape than this head's", hint="give its MLP width")
-        self.net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
 
     def loss(self, batch: Batch, progress: float, noise: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         """Mean loss, over the elements drawn, against the base's distribution on the draft vocabulary.
