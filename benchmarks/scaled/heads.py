@@ -8,7 +8,7 @@ heads with a draft vocabulary of the commonest tokens have.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from quantspec.benchmarks.scaled.decoder import (
     row_size,
     write_layer,
 )
-from quantspec.benchmarks.scaled.places import Stream, settings
+from quantspec.benchmarks.scaled.places import CONSTANT, Stream, settings
 from quantspec.benchmarks.scaled.sheet import Sheet, SheetOf
 from quantspec.benchmarks.shapes import ModelShape
 from quantspec.drafters.eagle3_files import is_eagle3, read_eagle3
@@ -39,6 +39,7 @@ from quantspec.models import atomic
 from quantspec.models.config import ModelConfig, read_config
 
 _IDS = "eagle_aux_hidden_state_layer_ids"
+_SCALED_FLAGS = frozenset({"norm_output", "norm_before_residual"})
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,15 @@ class HeadWriter:
         weights = {f"{prefix}{name}.weight": stored(tensors, f"{prefix}{name}.weight") for name in shapes}
         self._tensors |= write_layer(self._sheet_of, prefix, shapes, places, weights)
 
-    def _fuse(self, weight: Matrix, parts: int) -> None:
-        """``fc``, which reads ``parts`` rows of the stream and hands on the constant of the last."""
+    def _fuse(self, weight: Matrix, parts: int, lift: float = 1.0) -> None:
+        """``fc``, which reads ``parts`` rows of the stream and hands on the constant of the last, times ``lift``."""
         stream = self.stream
         starts = torch.arange(parts)[:, None] * stream.wide
         real, constants = (starts + stream.real).flatten(), starts[:, 0] + stream.constant
         sheet = self._sheet_of(stream.wide, parts * stream.wide)
         sheet.silence(torch.cat((real, constants)))
         sheet.put(weight, stream.real, real)
-        sheet.mark(torch.tensor([stream.constant]), int(constants[-1]), 1.0)
+        sheet.mark(torch.tensor([stream.constant]), int(constants[-1]), lift)
         self._sheet("fc", sheet)
 
     def _eagle(self) -> None:
@@ -145,19 +146,28 @@ class HeadWriter:
         self._tensors |= {MASK: masked.view(1, 1, -1), "embed_tokens.weight": table}
 
     def _streams(self, config: Eagle3Config, tensors: Mapping[str, Tensor], ids: Tensor | None) -> None:
-        """EAGLE-3's tensors."""
-        if config.flags or config.taps is None or "embed_tokens.weight" in tensors:
+        """EAGLE-3's tensors.
+
+        A state has the constant that draft steps hand on: the stream's, or with ``norm_output`` what the final norm
+        makes of it. Where the residual stream begins normed, that norm brings it back to the stream's.
+        """
+        if config.flags - _SCALED_FLAGS or config.taps is None or "embed_tokens.weight" in tensors:
             raise ModelError(f"{self.folder} has settings that cannot be scaled", hint="plain EAGLE-3 heads can be")
-        stream = self.stream
-        self._fuse(stored(tensors, "fc.weight"), config.streams)
+        stream, constant = self.stream, self.base.small.constant
+        handed = CONSTANT if "norm_output" in config.flags else constant
+        normed = "norm_before_residual" in config.flags
+        self._fuse(stored(tensors, "fc.weight"), config.streams, handed / constant)
         for i in range(config.model.num_layers):
-            prefix = f"layers.{i}."
-            self._layer(config.model, tensors, prefix, 1 if i else 2, torch.empty(0, dtype=torch.long))
+            live = [stream.wide + stream.constant] if normed and not i else []
+            self._layer(config.model, tensors, f"layers.{i}.", 1 if i else 2, torch.tensor(live, dtype=torch.long))
         for name, norm in tensors.items():
-            if "norm" in name and name != "norm.weight":
+            if "norm" in name:
                 self._tensors[name] = stream.norm(norm)
-        lift = stream.lift(self.base.small.constant, self._state_size(config, tensors))
-        self._tensors["norm.weight"] = stream.norm(tensors["norm.weight"], lift)
+        fused, state = self._sizes(config, tensors)
+        if normed:
+            lift = stream.lift(handed, fused) * constant / CONSTANT
+            self._tensors["layers.0.hidden_norm.weight"][stream.constant] = lift
+        self._tensors["norm.weight"][stream.constant] = stream.lift(constant if normed else handed, state)
         lm_head = stored(tensors, LM_HEAD)
         self._lm_head(LM_HEAD, lm_head)
         self._map(self._ids(ids, _rows(lm_head)), config.model)
@@ -166,16 +176,18 @@ class HeadWriter:
             _IDS: [self.base.layers[tap] + 1 if isinstance(tap, int) and tap >= 0 else 0 for tap in config.taps],
         }
 
-    def _state_size(self, config: Eagle3Config, tensors: Mapping[str, Tensor]) -> float:
-        """Of what comes before the final norm."""
+    def _sizes(self, config: Eagle3Config, tensors: Mapping[str, Tensor]) -> tuple[float, float]:
+        """Of fused features, and of what comes before the final norm."""
         small, cpu = self.base.small, torch.device("cpu")
-        head = Eagle3Head(config, tensors, cpu, torch.float32)
+        before = replace(config, flags=config.flags - {"norm_output"})
+        head = Eagle3Head(before, tensors, cpu, torch.float32)
         assert config.taps is not None
         features = head.fuse([small.states[tap] for tap in config.taps])
         count = len(features) - 1
         bias = torch.full((count, count), -torch.inf).triu(1)
         own = small.embedding.float()[torch.tensor(small.tokens[1:])]
-        return row_size(head.forward(features[:count], own, slice(0, count), head.new_kv(count), 0, bias))
+        states = head.forward(features[:count], own, slice(0, count), head.new_kv(count), 0, bias)
+        return row_size(features), row_size(states)
 
     def _map(self, ids: Tensor | None, model: ModelConfig) -> None:
         self._changed |= settings(model, {}, self.base.shape, self.stream) | {"draft_vocab_size": self.rows}
