@@ -34,7 +34,7 @@ from quantspec.drafters.eagle_head import DRAFT_IDS, LM_HEAD, read_head
 from quantspec.drafters.head_tensors import Matrix, stored
 from quantspec.drafters.medusa_files import is_medusa, read_medusa
 from quantspec.drafters.peagle_files import MASK, is_peagle, read_peagle
-from quantspec.errors import ModelError
+from quantspec.errors import ModelError, UsageError
 from quantspec.models import atomic
 from quantspec.models.config import ModelConfig, read_config
 
@@ -68,7 +68,8 @@ class HeadWriter:
         self._changed: dict[str, Any] = {}
 
     def write(self, out: Path, quantization: dict[str, Any] | None) -> None:
-        """Raises ``ModelError``: a head of a kind, or with a setting, that is not scaled."""
+        """Raises ``ModelError``: a head of a kind, or with a setting, that is not scaled; ``UsageError``: it is wider than
+        the shape."""
         kinds = ((is_medusa, self._medusa), (is_peagle, self._peagle), (is_eagle3, self._eagle3))
         next((scale for known, scale in kinds if known(self.raw)), self._eagle)()
         atomic.make_folder(out)
@@ -96,6 +97,11 @@ class HeadWriter:
     ) -> None:
         """Linear layers of a decoder layer that reads so many rows side by side, and nothing from ``live`` columns."""
         stream = self.stream
+        if config.intermediate_size > self.base.shape.inner:
+            raise UsageError(
+                f"{self.folder} does not go into that shape, where inner is at least {config.intermediate_size}",
+                hint="choose a larger shape, or leave it out by --only",
+            )
         read = torch.cat([stream.real + copy * stream.wide for copy in range(copies)])
         shapes = linear_shapes(self.base.shape)
         for name in ("q", "k", "v"):
@@ -149,24 +155,26 @@ class HeadWriter:
         """EAGLE-3's tensors.
 
         A state has the constant that draft steps hand on: the stream's, or with ``norm_output`` what the final norm
-        makes of it. Where the residual stream begins normed, that norm brings it back to the stream's.
+        makes of it. Where the residual stream begins normed, that norm brings it back to the stream's. What norms make
+        of a constant goes by the row's size, so that of fused rows is as much larger as they are.
         """
         if config.flags - _SCALED_FLAGS or config.taps is None or "embed_tokens.weight" in tensors:
             raise ModelError(f"{self.folder} has settings that cannot be scaled", hint="plain EAGLE-3 heads can be")
         stream, constant = self.stream, self.base.small.constant
         handed = CONSTANT if "norm_output" in config.flags else constant
         normed = "norm_before_residual" in config.flags
-        self._fuse(stored(tensors, "fc.weight"), config.streams, handed / constant)
+        fused, given, state = self._sizes(config, tensors)
+        lift = handed / constant * (fused / given if config.flags else 1.0)
+        self._fuse(stored(tensors, "fc.weight"), config.streams, lift)
         for i in range(config.model.num_layers):
             live = [stream.wide + stream.constant] if normed and not i else []
             self._layer(config.model, tensors, f"layers.{i}.", 1 if i else 2, torch.tensor(live, dtype=torch.long))
         for name, norm in tensors.items():
             if "norm" in name:
                 self._tensors[name] = stream.norm(norm)
-        fused, state = self._sizes(config, tensors)
         if normed:
-            lift = stream.lift(handed, fused) * constant / CONSTANT
-            self._tensors["layers.0.hidden_norm.weight"][stream.constant] = lift
+            back = stream.lift(handed, given) * constant / CONSTANT
+            self._tensors["layers.0.hidden_norm.weight"][stream.constant] = back
         self._tensors["norm.weight"][stream.constant] = stream.lift(constant if normed else handed, state)
         lm_head = stored(tensors, LM_HEAD)
         self._lm_head(LM_HEAD, lm_head)
@@ -176,18 +184,22 @@ class HeadWriter:
             _IDS: [self.base.layers[tap] + 1 if isinstance(tap, int) and tap >= 0 else 0 for tap in config.taps],
         }
 
-    def _sizes(self, config: Eagle3Config, tensors: Mapping[str, Tensor]) -> tuple[float, float]:
-        """Of fused features, and of what comes before the final norm."""
+    def _sizes(self, config: Eagle3Config, tensors: Mapping[str, Tensor]) -> tuple[float, float, float]:
+        """Of fused features, of the states that a draft step hands on, and of what comes before the final norm."""
         small, cpu = self.base.small, torch.device("cpu")
-        before = replace(config, flags=config.flags - {"norm_output"})
-        head = Eagle3Head(before, tensors, cpu, torch.float32)
+        head = Eagle3Head(config, tensors, cpu, torch.float32)
+        before = Eagle3Head(replace(config, flags=config.flags - {"norm_output"}), tensors, cpu, torch.float32)
         assert config.taps is not None
         features = head.fuse([small.states[tap] for tap in config.taps])
         count = len(features) - 1
         bias = torch.full((count, count), -torch.inf).triu(1)
         own = small.embedding.float()[torch.tensor(small.tokens[1:])]
-        states = head.forward(features[:count], own, slice(0, count), head.new_kv(count), 0, bias)
-        return row_size(features), row_size(states)
+
+        def step(network: Eagle3Head, states: Tensor) -> Tensor:
+            return network.forward(states, own, slice(0, count), network.new_kv(count), 0, bias)
+
+        given = step(head, features[:count])
+        return row_size(features), row_size(given), row_size(step(before, given if config.flags else features[:count]))
 
     def _map(self, ids: Tensor | None, model: ModelConfig) -> None:
         self._changed |= settings(model, {}, self.base.shape, self.stream) | {"draft_vocab_size": self.rows}

@@ -75,6 +75,11 @@ class View:
         Truncation may cut a few entries sooner or later. A row ends in -inf where fewer than k tokens can be drawn.
         """
         states, positions = self._rows(paths)
+        if ids is not None and self.chain.nameless and logits.shape[1] >= k:
+            columns = ids.numpy(force=True)
+            race = self.chain.race(states, logits, positions, self.stream, exact=False, ids=columns)
+            found, scores = race.best(k, self._tau(tau))
+            return columns[found], scores
         race = self.chain.race(states, self._spread(logits, ids), positions, self.stream, exact=False)
         return race.best(k, self._tau(tau))
 

@@ -65,6 +65,8 @@ class WarpChain:
         self._truncates = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         self.stateless = not (self._penalizes or self._masks)
         """True when all paths share one state."""
+        self.nameless = self.stateless and not params.logit_bias
+        """True when nothing but the noise asks which token a column of logits is of."""
         self._prompt = tuple(prompt)
         self._stop_ids = _ids(stop_ids)
         self._bias_ids = _ids(params.logit_bias)
@@ -131,14 +133,17 @@ class WarpChain:
         positions: Sequence[int],
         stream: Stream | None,
         exact: bool = True,
+        ids: NDArray[np.int64] | None = None,
     ) -> Race:
         """``apply_rows(states, logits)``, minus ``log E`` at temperature > 0 where there is a stream. A race that no
-        token depends on, a drafter's, need not be ``exact`` about where top-p and min-p cut."""
+        token depends on, a drafter's, need not be ``exact`` about where top-p and min-p cut. ``ids [W]`` are the tokens
+        that columns ``[m, W]`` are of, for a chain that is ``nameless``; the race is one of columns all the same."""
+        assert ids is None or self.nameless
         rows = self._weigh(states, _host(logits))
         if self.greedy or not self._truncates:
-            return self._noisy(rows, positions, stream)
+            return self._noisy(rows, positions, stream, ids)
         cut = truncate if exact else truncate_for_draft
-        return _sparse(cut(rows, self.params.top_k, self.params.top_p, self.params.min_p), positions, stream)
+        return _sparse(cut(rows, self.params.top_k, self.params.top_p, self.params.min_p), positions, stream, ids)
 
     def drawn(self, stream: Stream) -> Draw | None:
         """What a model that draws must know of this chain; None: it takes the host to weigh the rows."""
@@ -177,16 +182,24 @@ class WarpChain:
             rows[np.ix_(np.flatnonzero(early), self._stop_ids)] = -np.inf
         return rows if self.greedy else rows / np.float32(self.params.temperature)
 
-    def _noisy(self, rows: Rows, positions: Sequence[int], stream: Stream | None) -> DenseRace:
+    def _noisy(
+        self, rows: Rows, positions: Sequence[int], stream: Stream | None, ids: NDArray[np.int64] | None = None
+    ) -> DenseRace:
         if self.greedy or stream is None:
             return DenseRace(rows)
-        return DenseRace(rows - np.stack([stream.noise(t, rows.shape[1]) for t in positions]))
+        if ids is None:
+            return DenseRace(rows - np.stack([stream.noise(t, rows.shape[1]) for t in positions]))
+        noise = stream.noise_at(positions, np.full(len(rows), len(ids)), np.tile(ids, len(rows)))
+        return DenseRace(rows - noise.reshape(rows.shape))
 
 
-def _sparse(kept: Kept, positions: Sequence[int], stream: Stream | None) -> SparseRace:
+def _sparse(
+    kept: Kept, positions: Sequence[int], stream: Stream | None, ids: NDArray[np.int64] | None = None
+) -> SparseRace:
     if stream is None:
         return SparseRace(kept)
-    return SparseRace(Kept(kept.count, kept.ids, kept.values - stream.noise_at(positions, kept.count, kept.ids)))
+    tokens = kept.ids if ids is None else ids[kept.ids]
+    return SparseRace(Kept(kept.count, kept.ids, kept.values - stream.noise_at(positions, kept.count, tokens)))
 
 
 def _ids(tokens: Iterable[int]) -> NDArray[np.int64]:

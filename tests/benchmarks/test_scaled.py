@@ -22,7 +22,7 @@ from quantspec.numerics.scheme import Scheme
 from quantspec.types import Batch, SamplingParams
 
 # Four times as wide as the family's members, so that every norm is scaled by a power of two.
-TARGET = "1b,hidden=1024,inner=1024,layers=9,heads=8,kv_heads=4,vocab=4352"
+TARGET = "1b,hidden=1024,inner=2048,layers=9,heads=8,kv_heads=4,vocab=4352"
 INTERMEDIATE = "1b,hidden=512,inner=512,layers=3,heads=4,kv_heads=4,vocab=4352"
 # Twice as wide, and with larger heads: norms and rotation are rounded.
 ODD = "8b,hidden=512,inner=768,layers=8,heads=4,kv_heads=2,vocab=4224,tied=0"
@@ -213,6 +213,12 @@ def test_a_shape_that_is_too_small_is_refused(tmp_path: Path, change: str) -> No
     shape = f"{TARGET},{change}"
     config = ScaleBench(tmp_path, shape, f"{INTERMEDIATE},{change if 'vocab' in change else ''}".rstrip(","))
     with pytest.raises(UsageError, match="does not go into that shape"):
+        run(config, lambda line: None)
+
+
+def test_a_head_wider_than_the_shape_is_refused(tmp_path: Path) -> None:
+    config = ScaleBench(tmp_path / "out", f"{TARGET},inner=1024", INTERMEDIATE, only=("target", "eagle3-target"))
+    with pytest.raises(UsageError, match=r"inner is at least 1792"):
         run(config, lambda line: None)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from table_model import TableModel, generate, target_token
@@ -182,6 +184,37 @@ def test_view_scores() -> None:
     assert hidden.scores(logits, paths, tau=0.7).equal(
         torch.log_softmax(hidden.chain.apply_rows([hidden.state] * 2, logits), -1)
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.8},
+        {"temperature": 0.8, "top_p": 0.7},
+        {"temperature": 1.2, "top_k": 5, "min_p": 0.01},
+        {"temperature": 0.8, "logit_bias": {3: -2.0}},
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+    ],
+)
+@pytest.mark.parametrize("rule", ["exact", "ratio"])
+def test_a_trimmed_vocabulary_races_as_on_the_whole_one(options: dict[str, Any], rule: Literal["exact", "ratio"]) -> None:
+    if rule == "ratio" and not options["temperature"]:
+        rule = "exact"
+    ids = torch.tensor([2, 3, 5, 7, 11, 12, 14, 15])
+    view = open_session(Verifier(TableModel(16, 3), rule=rule), SamplingParams(**options)).view()
+    logits = 3 * torch.randn(3, len(ids), generator=torch.Generator().manual_seed(4))
+    logits[1, 2] = logits[1, 6] = 9.0  # a tie goes to the lower id
+    paths = [(5,), (6, 7), (2, 2)]
+    wide = torch.full((3, 16), -math.inf)
+    wide[:, ids] = logits
+    for k in (1, 4, 8, 9):  # 9 are more than there are
+        tokens, scores = view.best(logits, paths, k, 0.6, ids)
+        expected_tokens, expected = view.best(wide, paths, k, 0.6)
+        live = np.isfinite(expected)
+        assert (np.isfinite(scores) == live).all()
+        assert (tokens == expected_tokens)[live].all()
+        np.testing.assert_allclose(scores[live], expected[live], rtol=0, atol=1e-6)  # sums in another order, in fp32
 
 
 def test_logprobs_are_raw_and_belong_to_emitted_tokens() -> None:
