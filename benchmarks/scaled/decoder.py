@@ -147,7 +147,7 @@ class Scaled:
         raw = {key: value for key, value in self.small.source.raw.items() if key != "quantization_config"}
         raw = settings(self.small.config, raw, self.shape, self.stream)
         raw |= {"num_hidden_layers": self.shape.layers, "tie_word_embeddings": self.shape.tied}
-        raw |= {"quantspec": LABEL | dict(note)} | quantized(quantization)
+        raw |= {"quantspec": raw.get("quantspec", {}) | LABEL | dict(note)} | quantized(quantization)
         atomic.write_json(out / "config.json", raw)
         atomic.write_manifest(out)
 

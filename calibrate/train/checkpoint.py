@@ -66,11 +66,13 @@ def rules_of(config: ModelConfig) -> Rules:
     return Rules(config.tied, config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm, rope, windows)
 
 
-def save_net(net: LlamaNet, out: Path, tokenizer_from: Path) -> None:
-    """Write bf16 weights, configs and the tokenizer; transformers loads the folder."""
+def save_net(net: LlamaNet, out: Path, tokenizer_from: Path, tau: Mapping[str, float] | None = None) -> None:
+    """Write bf16 weights, configs and the tokenizer; transformers loads the folder. `tau` of a model that drafts: see
+    `measure.fit_taus`."""
     assert net.rules == PLAIN, "the config says no more"
     make_folder(out)
-    write_json(out / "config.json", llama_config(net.shape, net.vocab))
+    own = {"quantspec": {"tau": dict(tau)}} if tau else {}
+    write_json(out / "config.json", llama_config(net.shape, net.vocab) | own)
     write_json(out / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (tokenizer_from / name).resolve() != (out / name).resolve():

@@ -5,6 +5,7 @@ The teacher's features came with the text (see `rollout`), so its logits cost on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from quantspec.calibrate.train import workers
 from quantspec.calibrate.train.checkpoint import fake_quantize, load_net, save_net
 from quantspec.calibrate.train.config import DistillConfig
 from quantspec.calibrate.train.loop import Metrics, autocast, fit
-from quantspec.calibrate.train.measure import chain_acceptance, greedy_texts
+from quantspec.calibrate.train.measure import chain_acceptance, fit_taus, greedy_texts
 from quantspec.calibrate.train.net import PLAIN, LlamaNet
 from quantspec.calibrate.train.rollout import Batch, RolloutBatches, read_rollouts
 from quantspec.errors import ModelError
@@ -61,7 +62,7 @@ def run(config: DistillConfig, stop_after: int | None = None) -> dict[str, Any]:
         stop_after=stop_after,
     )
     if workers.rank() == 0:
-        save_net(student, config.out, tokenizer_from=config.student)
+        save_net(student, config.out, config.student, tau_of(student, teacher, config.held_out, scheme))
     return {"steps": steps, "tokens": seen, **agreement_of(student, teacher, config.held_out, scheme)}
 
 
@@ -85,6 +86,21 @@ def distillation_loss(logits: torch.Tensor, batch: Batch, teacher: LlamaNet, con
         labels.scatter_add_(2, batch.ids[:, 1:, None], torch.full_like(labels[..., :1], config.ce_weight))
     rows = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(0, 1), reduction="none")
     return (rows * weights.flatten()).sum() / weights.sum()
+
+
+@torch.no_grad()
+def tau_of(student: LlamaNet, teacher: LlamaNet, held_out: Path | None, scheme: Scheme | None) -> dict[str, float]:
+    """The temperature of the (rounded) student's scores as a drafter's; see `measure.fit_taus`."""
+    if held_out is None:
+        return {}
+    texts, rounded = read_rollouts(held_out), straight_through(student, scheme) if scheme else {}
+
+    def guesses(index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        batch = texts.batch([index]).to(str(teacher.model.norm.weight.device))
+        generated = batch.weights(0.0) > 0
+        yield teacher.head(batch.features)[generated].float(), functional_call(student, rounded, (batch.ids,))[generated]
+
+    return fit_taus(guesses, texts)
 
 
 @torch.no_grad()

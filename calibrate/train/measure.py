@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from quantspec.types import SamplingParams
 
 if TYPE_CHECKING:
     from quantspec.calibrate.train.features import OnlineFeatures
-    from quantspec.calibrate.train.trainer import Method
+    from quantspec.calibrate.train.trainer import Guess, Method
     from quantspec.engine.stats import Stats
 
 TREE_NODES, TREE_DEPTH, TREE_TOP_K = 15, 6, 4
@@ -75,10 +76,17 @@ def distinct_4grams(texts: Rollouts, index: int) -> float:
 
 
 @torch.no_grad()
-def fit_tau(
-    method: Method, features: OnlineFeatures, texts: Rollouts, temperatures: tuple[float, ...] = (0.0, 0.8, 1.0)
+def fit_tau(method: Method, features: OnlineFeatures, texts: Rollouts) -> dict[str, float]:
+    """`fit_taus` of a head's first two draft steps."""
+    device = str(features.base.model.norm.weight.device)
+    return fit_taus(lambda index: islice(method.guesses(features.fill(texts.batch([index]).to(device))), 2), texts)
+
+
+@torch.no_grad()
+def fit_taus(
+    guesses: Callable[[int], Iterable[Guess]], texts: Rollouts, temperatures: tuple[float, ...] = (0.0, 0.8, 1.0)
 ) -> dict[str, float]:
-    """Per temperature the tau for which softmax((log q - log E) / tau) finds the verifier's draw likeliest.
+    """Of logits [n, V] of verifier and drafter, for each of the texts, per temperature the tau for which softmax((log q - log E) / tau) finds the verifier's draw likeliest.
 
     E is the exponential noise that drafter and verifier share: the verifier draws argmax(log p - log E). At temperature
     0 there is none, and the verifier takes argmax p.
@@ -90,8 +98,7 @@ def fit_tau(
         drawn_at = [i for i in range(len(texts)) if abs(float(texts.temperatures[i]) - temperature) < 1e-3][:_MAX_TEXTS]
         chosen = drawn_at if temperature else greedy_texts(texts)
         for index in chosen or range(min(len(texts), _MAX_TEXTS)):
-            batch = features.fill(texts.batch([index]).to(str(features.base.model.norm.weight.device)))
-            for truth, guess in islice(method.guesses(batch), 2):
+            for truth, guess in guesses(index):
                 if temperature:
                     surprise = -torch.empty(truth.shape).exponential_(generator=generator).log().to(truth)
                     truth = (truth / temperature).log_softmax(-1) + surprise

@@ -9,7 +9,7 @@ session back to the common prefix; when the target goes the same way, tokens pas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
@@ -22,7 +22,9 @@ from quantspec.core.session import Session
 from quantspec.core.step import step, warn
 from quantspec.core.verify import Verifier
 from quantspec.drafters.config import CascadeOptions
+from quantspec.drafters.tau import tau_at
 from quantspec.errors import ModelError
+from quantspec.kernels.draws import MOST_RUNNERS_UP
 from quantspec.types import EMPTY_DRAFT, Budget, Draft, Needs, Verdict
 
 if TYPE_CHECKING:
@@ -78,7 +80,8 @@ class Cascade:
     ``inner_budget`` says what one inner draft may cost. ``stop`` sees the intermediate's lead over its runner-up, in
     log-score, at the least certain token of each inner round, and ends the draft where it returns True. ``watch`` sees
     each inner session after a round, how many tokens it had before, and the intermediate's verdict. A node's score is
-    the product of the intermediate's own coupled probabilities ``softmax(log q - log E)`` along the chain.
+    the product of the intermediate's own coupled probabilities ``softmax((log q - log E) / tau)`` along the chain, or of
+    ``softmax(log q / tau)`` of greedy text; ``taus`` by temperature, see ``tau.tau_at``.
     """
 
     needs = Needs()
@@ -95,8 +98,9 @@ class Cascade:
         stop: Callable[[float], bool] | None = None,
         notice: Callable[[str], None] = warn,
         watch: Callable[[Session, int, Verdict], None] | None = None,
+        taus: Mapping[float, float] | None = None,
     ) -> None:
-        self.watch = watch
+        self.watch, self.taus = watch, taus or {}
         self.inner, self.verifier, self.options = inner, verifier, options or CascadeOptions()
         self.tokenizer, self.inner_budget, self.stop, self.notice = tokenizer, inner_budget, stop, notice
 
@@ -171,13 +175,14 @@ class Cascade:
             self.verifier,
             [self.inner_budget(session) for session in sessions],
             notice=self.notice,
-            top_k=self.verifier.model.vocab_size if ratio else 2,
+            top_k=self.verifier.model.vocab_size if ratio else MOST_RUNNERS_UP if self.taus else 2,
         )
         for level, verdict, start in zip(levels, verdicts, starts, strict=True):
             assert verdict.top is not None, "asked for above"
             rows = [0, *(node + 1 for node in verdict.path)]  # those that the emitted tokens were drawn from
             ids, scores = verdict.top
-            best = scores[rows, :2].exp()
+            tau = 1.0 if ratio else tau_at(self.taus, level.session.chain.params.temperature)
+            best = _sure(scores[rows], tau)
             runners_up = zip(ids[rows, 1].tolist(), best[:, 1].tolist(), strict=True)
             q_rows = _proposal(level.session, ids[rows], scores[rows], start) if ratio else [None] * len(rows)
             level.drafted += map(_Drafted, verdict.stages, best[:, 0].tolist(), runners_up, q_rows)
@@ -204,6 +209,12 @@ class Cascade:
     def describe(self) -> str:
         least, stage = self.options.min_draft, self.verifier.stage
         return f"cascade: {self.inner.describe()}; chains of {least} tokens and more from the {stage} model"
+
+
+def _sure(scores: Tensor, tau: float) -> Tensor:
+    """``[m, 2]``: how likely the best two of rows of log-scores are to be the target's. With a tau, of those that are
+    given: sharpened, the others come to nothing."""
+    return scores[:, :2].exp() if tau == 1 else (scores / tau).softmax(-1)[:, :2]
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int], start: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from quantspec.core.drafter import NoDrafter
@@ -14,9 +15,14 @@ if TYPE_CHECKING:
     from quantspec.models.tokenizer import Tokenizer
 
 
-def draft_model(model: CausalModel, tokenizer: Tokenizer | None = None, num_speculative_tokens: int = 5) -> Cascade:
-    """A drafter that proposes ``num_speculative_tokens`` tokens of ``model`` at a time."""
+def draft_model(
+    model: CausalModel,
+    tokenizer: Tokenizer | None = None,
+    num_speculative_tokens: int = 5,
+    taus: Mapping[float, float] | None = None,
+) -> Cascade:
+    """A drafter that proposes ``num_speculative_tokens`` tokens of ``model`` at a time; ``taus`` see ``Cascade``."""
     options = CascadeOptions(min_draft=num_speculative_tokens)
-    drafter = Cascade(NoDrafter(), Verifier(model, stage="draft"), options, tokenizer=tokenizer)
+    drafter = Cascade(NoDrafter(), Verifier(model, stage="draft"), options, tokenizer=tokenizer, taus=taus)
     drafter.name = "draft"
     return drafter

@@ -7,9 +7,11 @@ acceptance length for trees of 15 nodes of the default family, whose scores as t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from quantspec.errors import ModelError
+from quantspec.models.config import read_config
 
 
 def read_taus(raw: Any, source: str) -> dict[float, float]:
@@ -24,6 +26,12 @@ def read_taus(raw: Any, source: str) -> dict[float, float]:
             hint='write it like {"0.8": 0.6, "1": 0.5}, or leave it out: it is 1 then',
         )
     return taus
+
+
+def taus_of_model(folder: Path) -> dict[float, float]:
+    """Those that a small model's config.json may have beside its own keys. Raises ``ModelError``."""
+    own = read_config(folder).get("quantspec", {}) if folder.is_dir() else {}
+    return read_taus(own.get("tau", {}) if isinstance(own, dict) else {}, str(folder / "config.json"))
 
 
 def tau_at(taus: Mapping[float, float], temperature: float) -> float:

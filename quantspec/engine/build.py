@@ -23,6 +23,7 @@ from quantspec.drafters.medusa import Medusa
 from quantspec.drafters.medusa_files import is_medusa
 from quantspec.drafters.peagle import PEagle
 from quantspec.drafters.peagle_files import is_peagle
+from quantspec.drafters.tau import taus_of_model
 from quantspec.engine import auto, memory
 from quantspec.engine.causes import Subject
 from quantspec.engine.config import HEAD_METHODS, EngineConfig
@@ -263,9 +264,10 @@ def _drafter(
     if config.method in ("draft", "cascade"):
         assert config.draft_model is not None, "named by with_parts"
         assert draft is not None, "loaded by build"
-        tokenizer = Tokenizer(resolve(config.draft_model))
+        folder = resolve(config.draft_model)
+        tokenizer, taus = Tokenizer(folder), taus_of_model(folder)
         if config.method == "draft":
-            return draft_model(draft, tokenizer, config.max_nodes), 0
+            return draft_model(draft, tokenizer, config.max_nodes, taus), 0
         inner, head_bytes = _head(config, draft, notice)
         budget = Budget(config.tree_nodes, config.tree_depth)
         cascade = Cascade(
@@ -276,6 +278,7 @@ def _drafter(
             inner_budget=lambda session: budget,
             notice=notice,
             watch=InnerWatch(Subject(inner, draft, tokenizer), notice),
+            taus=taus,
         )
         return cascade, head_bytes
     return NoDrafter(), 0

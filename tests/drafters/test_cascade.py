@@ -238,13 +238,14 @@ def test_an_empty_budget_does_not_even_read_the_prompt() -> None:
     assert model.forwards == 0
 
 
-def test_scores_are_the_intermediates_own_path_products_and_prices_cut_the_chain() -> None:
+@pytest.mark.parametrize("tau", [1.0, 0.4])
+def test_scores_are_the_intermediates_own_path_products_and_prices_cut_the_chain(tau: float) -> None:
     model = TableModel(VOCAB, seed=8)
-    drafter, view = cascade(model, min_draft=4), view_of([0, 1])
+    drafter, view = cascade(model, min_draft=4, taus={} if tau == 1 else {0.0: tau, 1.0: 0.9}), view_of([0, 1])
     draft = drafter.propose([drafter.open(view)], [view], [Budget(9, 9)])[0]
     text, expected, product = [0, 1], [], 1.0
     for token in draft.tokens:
-        product *= float(model.row(text).softmax(-1)[token])
+        product *= float((model.row(text) / tau).softmax(-1)[token])
         expected.append(product)
         text.append(token)
     assert draft.scores == pytest.approx(expected, rel=1e-5)  # fp32 rounding

@@ -13,6 +13,7 @@ from quantspec.calibrate.train import distill, family, lm, rollout
 from quantspec.calibrate.train.config import DistillConfig, Eagle3Config, EagleConfig, LMConfig, RolloutConfig
 from quantspec.calibrate.train.methods import eagle, eagle3
 from quantspec.calibrate.train.optim import Muon, Schedule, orthogonalize
+from quantspec.drafters.tau import taus_of_model
 from quantspec.models.tensors import TensorStore
 
 
@@ -82,6 +83,8 @@ def test_drafters_learn_and_resume_to_the_same_bits(
     recipe.run(config(tmp_path / "cut"), stop_after=5)
     recipe.run(config(tmp_path / "cut"))
     assert same(tmp_path / "whole", tmp_path / "cut")
+    if recipe is distill:
+        assert set(taus_of_model(tmp_path / "whole")) == {0.0, 0.8, 1.0}
 
 
 def test_schedule_ends_at_zero_and_counts_earlier_time() -> None:
