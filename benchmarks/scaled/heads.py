@@ -68,8 +68,8 @@ class HeadWriter:
         self._changed: dict[str, Any] = {}
 
     def write(self, out: Path, quantization: dict[str, Any] | None) -> None:
-        """Raises ``ModelError``: a head of a kind, or with a setting, that is not scaled; ``UsageError``: it is wider than
-        the shape."""
+        """Raises ``ModelError``: a head of a kind, or with a setting, that is not scaled; ``UsageError``: it is wider
+        than the shape."""
         kinds = ((is_medusa, self._medusa), (is_peagle, self._peagle), (is_eagle3, self._eagle3))
         next((scale for known, scale in kinds if known(self.raw)), self._eagle)()
         atomic.make_folder(out)

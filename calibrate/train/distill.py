@@ -98,7 +98,10 @@ def tau_of(student: LlamaNet, teacher: LlamaNet, held_out: Path | None, scheme: 
     def guesses(index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         batch = texts.batch([index]).to(str(teacher.model.norm.weight.device))
         generated = batch.weights(0.0) > 0
-        yield teacher.head(batch.features)[generated].float(), functional_call(student, rounded, (batch.ids,))[generated]
+        yield (
+            teacher.head(batch.features)[generated].float(),
+            functional_call(student, rounded, (batch.ids,))[generated],
+        )
 
     return fit_taus(guesses, texts)
 

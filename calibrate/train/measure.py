@@ -86,7 +86,8 @@ def fit_tau(method: Method, features: OnlineFeatures, texts: Rollouts) -> dict[s
 def fit_taus(
     guesses: Callable[[int], Iterable[Guess]], texts: Rollouts, temperatures: tuple[float, ...] = (0.0, 0.8, 1.0)
 ) -> dict[str, float]:
-    """Of logits [n, V] of verifier and drafter, for each of the texts, per temperature the tau for which softmax((log q - log E) / tau) finds the verifier's draw likeliest.
+    """Of logits [n, V] of verifier and drafter, for each of the texts, per temperature the tau for which
+    softmax((log q - log E) / tau) finds the verifier's draw likeliest.
 
     E is the exponential noise that drafter and verifier share: the verifier draws argmax(log p - log E). At temperature
     0 there is none, and the verifier takes argmax p.

@@ -23,13 +23,14 @@ class _EagleStruct(ctypes.Structure):
         *((name, LinearStruct) for name in _PARTS),
         ("norm", c_void_p), ("input_norm", c_void_p), ("hidden_norm", c_void_p), ("eps", c_float), ("heads", c_int32),
         ("kv_heads", c_int32), ("head_dim", c_int32), ("residual_normed", c_int32),
+        ("integer", c_int32),
     )  # fmt: skip
 
 
 class EagleKernel:
     """The layer's weights, packed: ``qkv`` (queries unscaled) with its bias, ``o``, ``gate_up`` and ``down``; ``norm
     [H]`` before the MLP. Dense in their own type or quantized, with fp32
-    activations.
+    activations or, ``integer``, int8 ones.
 
     EAGLE-1/2: attention reads what ``fc [H, 2H]`` with its bias makes of embedding and feature. EAGLE-3 has no ``fc``
     here: its first layer reads both side by side, after ``input_norm`` and ``hidden_norm [H]``; its others read their
@@ -39,7 +40,7 @@ class EagleKernel:
     def __init__(
         self, weights: Mapping[str, tuple[Tensor | QuantizedWeight, Tensor | None]], norm: Tensor, *, eps: float,
         heads: int, kv_heads: int, head_dim: int, input_norm: Tensor | None = None, hidden_norm: Tensor | None = None,
-        residual_normed: bool = False,
+        residual_normed: bool = False, integer: bool = False,
     ) -> None:  # fmt: skip
         arena = Arena()
         self._linears = {name: pack_any(*weights[name], arena=arena) for name in _PARTS if name in weights}
@@ -53,6 +54,7 @@ class EagleKernel:
             **{name: linear.struct for name, linear in self._linears.items()},
             **{name: each.data_ptr() for name, each in self._norms.items()},
             eps=eps, heads=heads, kv_heads=kv_heads, head_dim=head_dim, residual_normed=int(residual_normed),
+            integer=int(integer),
         )  # fmt: skip
         self._address = ctypes.addressof(self._struct)
         pointer, size = c_void_p, c_int64

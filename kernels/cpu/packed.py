@@ -152,12 +152,13 @@ def pack(
 
 
 def pack_any(
-    weight: QuantizedWeight | Tensor, bias: Tensor | None = None, *, arena: Arena | None = None
+    weight: QuantizedWeight | Tensor, bias: Tensor | None = None, *, arena: Arena | None = None, integer: bool = False
 ) -> PackedLinear:
-    """``pack`` for fp32 activations; a scheme that the kernels do not have is dequantized, to bf16."""
+    """``pack``, for fp32 activations unless told otherwise; a scheme that the kernels do not have is dequantized, to
+    bf16."""
     if isinstance(weight, QuantizedWeight) and refusal(weight.scheme) is not None:
         weight = dequantize(weight).bfloat16()
-    return pack(weight, bias, arena=arena, integer=False)
+    return pack(weight, bias, arena=arena, integer=integer)
 
 
 def _pack_dense(weight: Tensor, bias: Tensor | None, arena: Arena) -> PackedLinear:

@@ -57,8 +57,8 @@ class View:
 
         ``logits [m, W]`` are the drafter's rows, ``paths[i]`` the draft tokens that lead from the last committed token
         to row i, ``ids [W]`` maps a trimmed draft vocabulary to target ids (None: the same). Returns log scores ``[m,
-        W]``: ``log_softmax((log q - log E) / tau)`` at temperature > 0 with a stream, ``log_softmax(row / tau)`` of greedy
-        drafts, which guess a choice and no draw, and ``log_softmax`` of the warped row else.
+        W]``: ``log_softmax((log q - log E) / tau)`` at temperature > 0 with a stream, ``log_softmax(row / tau)`` of
+        greedy drafts, which guess a choice and no draw, and ``log_softmax`` of the warped row else.
         """
         rows = self._spread(logits, ids)
         states, positions = self._rows(paths)

@@ -80,8 +80,8 @@ class Cascade:
     ``inner_budget`` says what one inner draft may cost. ``stop`` sees the intermediate's lead over its runner-up, in
     log-score, at the least certain token of each inner round, and ends the draft where it returns True. ``watch`` sees
     each inner session after a round, how many tokens it had before, and the intermediate's verdict. A node's score is
-    the product of the intermediate's own coupled probabilities ``softmax((log q - log E) / tau)`` along the chain, or of
-    ``softmax(log q / tau)`` of greedy text; ``taus`` by temperature, see ``tau.tau_at``.
+    the product of the intermediate's own coupled probabilities ``softmax((log q - log E) / tau)`` along the chain, or
+    of ``softmax(log q / tau)`` of greedy text; ``taus`` by temperature, see ``tau.tau_at``.
     """
 
     needs = Needs()

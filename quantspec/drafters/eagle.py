@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantspec.core.drafter import TargetParts
 from quantspec.drafters.config import EagleOptions
-from quantspec.drafters.eagle_head import EagleHead, HeadConfig, NativeEagleHead
+from quantspec.drafters.eagle_head import EagleHead, HeadConfig, IntegerEagleHead, NativeEagleHead
 from quantspec.drafters.eagle_rotation import read_head_for
 from quantspec.drafters.feature_tree import FeatureTree
 from quantspec.drafters.head_tensors import HeadTensors
@@ -23,6 +23,8 @@ from quantspec.types import Needs, Tap
 
 if TYPE_CHECKING:
     from quantspec.models.base import CausalModel
+
+_NATIVE_HEADS = dict(zip(NATIVE, (IntegerEagleHead, NativeEagleHead), strict=True))
 
 
 class Eagle(FeatureTree):
@@ -51,7 +53,7 @@ class Eagle(FeatureTree):
 
     def _load(self, model: CausalModel, probe: Tensor) -> None:
         """Load the head onto the device and in the type of ``probe``, a row of the target's embedding."""
-        kind = NativeEagleHead if model.backend in NATIVE else EagleHead
+        kind = _NATIVE_HEADS.get(model.backend, EagleHead)
         self._head: EagleHead = kind(*self._tensors(model), probe.device, probe.dtype)
         self._lm_head, self._ids = self._head.lm_head, self._head.ids
 

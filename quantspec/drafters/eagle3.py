@@ -13,7 +13,7 @@ from torch import Tensor
 from quantspec.core.drafter import TargetParts
 from quantspec.drafters.config import EagleOptions
 from quantspec.drafters.eagle3_files import read_eagle3, read_eagle3_config
-from quantspec.drafters.eagle3_head import Eagle3Config, Eagle3Head, NativeEagle3Head
+from quantspec.drafters.eagle3_head import Eagle3Config, Eagle3Head, IntegerEagle3Head, NativeEagle3Head
 from quantspec.drafters.feature_tree import FeatureTree
 from quantspec.drafters.target import layer_count, lend
 from quantspec.drafters.tau import tau_at
@@ -22,6 +22,8 @@ from quantspec.kernels.dispatch import NATIVE
 from quantspec.models.base import CausalModel
 from quantspec.models.rotation import ResidualRotation
 from quantspec.types import Batch, Needs, Tap
+
+_NATIVE_HEADS = dict(zip(NATIVE, (IntegerEagle3Head, NativeEagle3Head), strict=True))
 
 
 class Eagle3(FeatureTree):
@@ -56,7 +58,7 @@ class Eagle3(FeatureTree):
                 f"{self.folder} brings no embedding, and its target's has width {probe.shape[1]}, not "
                 f"{config.model.hidden_size}"
             )
-        kind = NativeEagle3Head if model.backend in NATIVE else Eagle3Head
+        kind = _NATIVE_HEADS.get(model.backend, Eagle3Head)
         self._head = kind(config, tensors, probe.device, probe.dtype)
         self._ids = None if ids is None else ids.to(probe.device)
 

@@ -152,8 +152,10 @@ class Eagle3Head:
 class NativeEagle3Head(Eagle3Head):
     """The same on the CPU kernels: one call per layer, weights as the checkpoint has them."""
 
+    _integer = False
+
     def _linear(self, weight: Matrix) -> Callable[[Tensor], Tensor]:
-        return pack_any(weight)
+        return pack_any(weight, integer=self._integer)
 
     def _layer(self, i: int, weights: Weights) -> Layer:
         model, name = self.config.model, f"layers.{i}."
@@ -162,5 +164,11 @@ class NativeEagle3Head(Eagle3Head):
             heads=model.num_heads, kv_heads=model.num_kv_heads, head_dim=model.head_dim,
             input_norm=self._norms[f"{name}input_layernorm.weight"],
             hidden_norm=None if i else self._norms[f"{name}hidden_norm.weight"],
-            residual_normed=not i and "norm_before_residual" in self.config.flags,
+            residual_normed=not i and "norm_before_residual" in self.config.flags, integer=self._integer,
         )  # fmt: skip
+
+
+class IntegerEagle3Head(NativeEagle3Head):
+    """With int8 activations, where the weights are quantized: beside a target that has them too."""
+
+    _integer = True

@@ -162,14 +162,16 @@ class EagleHead:
 class NativeEagleHead(EagleHead):
     """The same on the CPU kernels: one call, weights as the checkpoint has them."""
 
+    _integer = False
+
     def _linear(self, weight: Matrix) -> Callable[[Tensor], Tensor]:
-        return pack_any(weight)
+        return pack_any(weight, integer=self._integer)
 
     def _take(self, weights: Weights, norm: Tensor) -> None:
         model = self.config.model
         self._kernel = EagleKernel(
             weights, norm, eps=model.rms_norm_eps, heads=model.num_heads, kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
+            head_dim=model.head_dim, integer=self._integer,
         )  # fmt: skip
 
     def forward(
@@ -178,3 +180,9 @@ class NativeEagleHead(EagleHead):
         self.rope.grow(positions.stop)
         cos, sin = self.rope.cos[positions], self.rope.sin[positions]
         return self._turned(self._kernel(features, embeddings, cos, sin, kv, start, bias))
+
+
+class IntegerEagleHead(NativeEagleHead):
+    """With int8 activations, where the weights are quantized: beside a target that has them too."""
+
+    _integer = True

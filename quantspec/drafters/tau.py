@@ -1,7 +1,8 @@
 """The temperature ``tau`` of a head's scores, by temperature of the text: see ``View.scores``.
 
-Heads learn the verifier's distribution, whose best token is likelier to be the greedy choice than to be drawn: by 12% of
-acceptance length for trees of 15 nodes of the default family, whose scores as they stand spread over too many siblings.
+Heads learn the verifier's distribution, whose best token is likelier to be the greedy choice than to be drawn. As they
+stand, scores of greedy text spread trees over too many siblings: 12% of acceptance length for 15 nodes of the default
+family.
 """
 
 from __future__ import annotations

@@ -198,7 +198,9 @@ def test_view_scores() -> None:
     ],
 )
 @pytest.mark.parametrize("rule", ["exact", "ratio"])
-def test_a_trimmed_vocabulary_races_as_on_the_whole_one(options: dict[str, Any], rule: Literal["exact", "ratio"]) -> None:
+def test_a_trimmed_vocabulary_races_as_on_the_whole_one(
+    options: dict[str, Any], rule: Literal["exact", "ratio"]
+) -> None:
     if rule == "ratio" and not options["temperature"]:
         rule = "exact"
     ids = torch.tensor([2, 3, 5, 7, 11, 12, 14, 15])

@@ -29,7 +29,7 @@ from quantspec.calibrate.train.rollout import Batch, Rollouts
 from quantspec.calibrate.train.trainer import Guess, train
 from quantspec.drafters.peagle_files import PEagleConfig as PEagleHeadConfig
 from quantspec.drafters.peagle_files import save_flat
-from quantspec.errors import ModelError, UsageError
+from quantspec.errors import UsageError
 
 Part = tuple[torch.Tensor, torch.Tensor]
 """Elements [B, R] of a batch, -1 for padding, and which of them count, bool [B, R]."""

@@ -14,6 +14,7 @@ struct EagleLayer {  // mirrored in eagle.py
   float eps;
   int32_t heads, kv_heads, head_dim;
   int32_t residual_normed;  // the residual stream starts from the normed feature
+  int32_t integer;          // quantized weights meet int8 activations
 };
 
 // Rows of a forward: m slots from `start` on. `cos, sin` hold one row of head_dim values per slot, or one for all
@@ -85,9 +86,9 @@ inline void read_slots(const EagleLayer& w, int m, const float* features, const 
       std::memcpy(row, at(embeddings, i), sizeof(float) * hidden);
       std::memcpy(row + hidden, at(features, i), sizeof(float) * hidden);
     };
-    matmul(w.fc, m, pair, x, hidden, false, false);
+    matmul(w.fc, m, pair, x, hidden, false, w.integer);
     const auto copy = [&](int i, float* row) { std::memcpy(row, at(x, i), sizeof(float) * hidden); };
-    matmul(w.qkv, m, copy, qkv, w.qkv.rows, false, false);
+    matmul(w.qkv, m, copy, qkv, w.qkv.rows, false, w.integer);
     return;
   }
   for (int i = 0; i < m; i++) {
@@ -102,7 +103,7 @@ inline void read_slots(const EagleLayer& w, int m, const float* features, const 
     rms_norm(at(w.hidden_norm ? embeddings : features, i), w.input_norm, hidden, w.eps, row);
     if (w.hidden_norm) rms_norm(at(features, i), w.hidden_norm, hidden, w.eps, row + hidden);
   };
-  matmul(w.qkv, m, normed, qkv, w.qkv.rows, false, false);
+  matmul(w.qkv, m, normed, qkv, w.qkv.rows, false, w.integer);
 }
 
 // features [m, H] and embeddings [m, H] (null where they are not read) to out [m, H].
@@ -124,11 +125,11 @@ inline void eagle_forward(const EagleLayer& w, const EagleRows& rows, const Eagl
   const auto mixed_of = [&](int i, float* row) {
     std::memcpy(row, heads + int64_t(i) * mixed, sizeof(float) * mixed);
   };
-  matmul(w.o, m, mixed_of, out, hidden, true, false);
+  matmul(w.o, m, mixed_of, out, hidden, true, w.integer);
   const auto normed = [&](int i, float* row) { rms_norm(out + int64_t(i) * hidden, w.norm, hidden, w.eps, row); };
-  matmul(w.gate_up, m, normed, gate_up, 2 * mlp, false, false);
+  matmul(w.gate_up, m, normed, gate_up, 2 * mlp, false, w.integer);
   const auto active = [&](int i, float* row) { swiglu(gate_up + int64_t(i) * 2 * mlp, mlp, row); };
-  matmul(w.down, m, active, out, hidden, true, false);
+  matmul(w.down, m, active, out, hidden, true, w.integer);
 }
 
 }  // namespace quantspec
