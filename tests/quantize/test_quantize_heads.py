@@ -20,8 +20,8 @@ from quantspec.calibrate.quantize.heads import run
 from quantspec.calibrate.train.checkpoint import fake_quantize
 from quantspec.calibrate.train.rollout import Rollout, fingerprint, write_rollouts
 from quantspec.drafters.eagle3_files import read_eagle3
-from quantspec.drafters.eagle3_head import Eagle3Head, NativeEagle3Head
-from quantspec.drafters.eagle_head import DRAFT_IDS, LM_HEAD, EagleHead, NativeEagleHead, read_head
+from quantspec.drafters.eagle3_head import Eagle3Head, IntegerEagle3Head, NativeEagle3Head
+from quantspec.drafters.eagle_head import DRAFT_IDS, LM_HEAD, EagleHead, IntegerEagleHead, NativeEagleHead, read_head
 from quantspec.drafters.peagle_files import read_peagle
 from quantspec.errors import ModelError, UsageError
 from quantspec.models.atomic import verify_manifest
@@ -97,15 +97,20 @@ def test_the_cpu_kernels_run_packed_weights_as_the_eager_head(root: Path, tmp_pa
     features, embeddings = torch.randn(2, 9, 32, generator=generator)
     bias = torch.full((9, 9), -torch.inf).triu(1)
     if kind == "head":
-        heads = [one(*read_head(tmp_path / "out"), *where) for one in (EagleHead, NativeEagleHead)]
+        kinds = EagleHead, NativeEagleHead, IntegerEagleHead
+        heads = [one(*read_head(tmp_path / "out"), *where) for one in kinds]
         logits = [head.lm_head for head in heads]
     else:
         config, tensors, _ = read_eagle3(tmp_path / "out")
-        heads = [one(config, tensors, *where) for one in (Eagle3Head, NativeEagle3Head)]
+        heads = [one(config, tensors, *where) for one in (Eagle3Head, NativeEagle3Head, IntegerEagle3Head)]
         logits = [head.logits for head in heads]
     found = [head.forward(features, embeddings, slice(0, 9), head.new_kv(16), 0, bias) for head in heads]
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)  # fp32 sums in another order
-    torch.testing.assert_close(*(each(found[0]) for each in logits), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*found[:2], rtol=1e-4, atol=1e-4)  # fp32 sums in another order
+    rows = [each(found[0]) for each in logits]
+    torch.testing.assert_close(*rows[:2], rtol=1e-4, atol=1e-4)
+    # A row's inputs are rounded to 127ths of their largest, four times in a row: half a percent each.
+    for exact, rounded in ((found[0], found[2]), (rows[0], rows[2])):
+        assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.02
 
 
 def test_a_head_that_borrows_its_targets_gets_the_rows_of_the_commonest_tokens(root: Path, tmp_path: Path) -> None:
