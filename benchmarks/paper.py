@@ -76,9 +76,11 @@ def scale(config: PaperBench, note: Note) -> dict[str, Path]:
             continue
         only = ("target", *DRAFTERS) if name == "w4" else ("target",)
         options = ScaleBench(out, config.shape, config.intermediate_shape, bits=bits, only=only, seed=config.seed)
-        for member in write(options, note)["members"]:
+        for member in write(options, note)["members"]:  # of all calls so far
             stem = member.removesuffix("-w4").removesuffix("-w8")
-            found[name if stem == "target" else stem] = out / member
+            if stem != "target":
+                found[stem] = out / member
+        found[name] = out / ("target" if bits == 16 else f"target-w{bits}")
     return found
 
 

@@ -115,6 +115,18 @@ def test_the_fastest_of_either_kind_are_compared(tmp_path: Path, monkeypatch: py
     json.dumps([each.as_dict() for each in found])
 
 
+def test_each_precision_has_its_own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a folder of models held before, and in which order."""
+    members = ("target-w4", "intermediate-w4", "eagle-target-w4", "eagle-intermediate-w8", "target", "target-w8")
+    written = {"members": dict.fromkeys(members)}
+    monkeypatch.setattr("quantspec.benchmarks.scaled.run.run", lambda options, note: written)
+    found = paper.scale(PaperBench(tmp_path, models=tmp_path), lambda line: None)
+    assert {name: found[name].name for name in ("bf16", "w8", "w4")} == {
+        "bf16": "target", "w8": "target-w8", "w4": "target-w4",
+    }  # fmt: skip
+    assert found["eagle-intermediate"].name == "eagle-intermediate-w8"
+
+
 def test_methods_share_a_target_and_write_its_text() -> None:
     family = {"head": "default/eagle-target"}
     options: dict[str, dict[str, Any]] = {
