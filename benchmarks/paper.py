@@ -26,7 +26,7 @@ from quantspec.benchmarks.generate_rows import Interval, Report, Row
 from quantspec.benchmarks.kernels import check_device
 from quantspec.benchmarks.paper_config import BITS, PaperBench
 from quantspec.benchmarks.peers.shared import sharing
-from quantspec.benchmarks.scaled.config import ScaleBench
+from quantspec.benchmarks.scaled.config import ScaleBench, folder_name
 
 Note = Callable[[str], None]
 PEERS = ("transformers-bf16", "transformers-compiled")
@@ -80,7 +80,7 @@ def scale(config: PaperBench, note: Note) -> dict[str, Path]:
             stem = member.removesuffix("-w4").removesuffix("-w8")
             if stem != "target":
                 found[stem] = out / member
-        found[name] = out / ("target" if bits == 16 else f"target-w{bits}")
+        found[name] = out / folder_name("target", bits)
     return found
 
 

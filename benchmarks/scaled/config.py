@@ -29,6 +29,11 @@ SHARE = 8.5
 GROUP = 128
 
 
+def folder_name(member: str, bits: int) -> str:
+    """Of a member whose weights have so many bits."""
+    return member if bits == 16 else f"{member}-w{bits}"
+
+
 @dataclass(frozen=True)
 class ScaleBench:
     """What ``quantspec bench scale`` writes."""

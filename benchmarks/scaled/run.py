@@ -18,6 +18,7 @@ from quantspec.benchmarks.scaled.config import (
     SHARE,
     ScaleBench,
     eagle_bytes,
+    folder_name,
     linear_bytes,
     lm_rows,
     model_bytes,
@@ -88,7 +89,7 @@ class _Run:
         bits = self.config.bits
         if bits == 4 and name in HEADS and not self._member(name, 4).name.endswith("-w4"):
             bits = 8
-        return self.config.out / f"{name}{'' if bits == 16 else f'-w{bits}'}", bits
+        return self.config.out / folder_name(name, bits), bits
 
     def _member(self, name: str, bits: int) -> Path:
         """The small one: with its own 4 bits where these are wanted and there."""

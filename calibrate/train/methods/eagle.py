@@ -133,7 +133,7 @@ class EagleMethod:
         """Take a head's weights. Raises ``ModelError``."""
         (_, stored), own = read_head(folder), self.net.state_dict()
         tensors = {name: to_dense(weight).float() for name, weight in stored.items()}
-        if name := next(iter(tensors.keys() ^ own.keys()), None):
+        if name := min(tensors.keys() ^ own.keys(), default=None):
             raise ModelError(
                 f"{folder}: {name} is in only one of that head and the one to train",
                 hint="start from a head with a bias and without vocabularies of its own",
