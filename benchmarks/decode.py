@@ -1,7 +1,7 @@
 """A whole model's decoding: tokens/s, where a step's time goes, what it reads, and the cost curve v(n) of its forward.
 
 A step reads every packed weight once, and the keys and values of the context; embeddings are a row or so. An 8-bit
-weight runs as two planes of nibbles, so its multiply-adds count twice in the bound.
+weight takes twice the instructions of a 4-bit one, so its multiply-adds count twice in the bound.
 """
 
 from __future__ import annotations

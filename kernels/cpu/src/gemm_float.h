@@ -61,34 +61,37 @@ void dense_tile(const uint8_t* weights, int count, const float* x, float* out) {
   store_sums(out, sum);
 }
 
+// Codes of k = j, of the 8 in a step, for the eight rows from `row` on.
+template <bool EIGHT>
+inline vi codes_of(const uint8_t* step, int row, int j) {
+  if (EIGHT) {
+    const vi pair = load_pairs(step + j / 2 * 64 + row * 2);
+    return shift_right_signed(j % 2 ? pair : shift_left(pair, 16), 16);
+  }
+  const int shift = j < 4 ? 8 * j : 8 * j - 28;  // where it lies in the 32 bits of a row
+  return bit_and(shift_right(load(reinterpret_cast<const int32_t*>(step + row * 4)), shift), set1(15));
+}
+
 template <int R, int T, bool EIGHT>
 void affine_tile(const Linear& w, const uint8_t* panel, int row, int groups, const float* x, float* out) {
   const int steps = w.group / 8;
   for (int g = 0; g < groups; g++) {
-    const uint8_t* codes = panel + w.codes_offset() + row * 4;
+    const uint8_t* codes = panel + w.codes_offset();
     vf offset[R], sum[R][T];
     for (int r = 0; r < R; r++) {
       const int at = row + r * LANES;
-      offset[r] = w.asymmetric ? to_float(load_u8(panel + w.scale_bytes() + at)) : set1(EIGHT ? 128.0f : 8.0f);
+      const vi zero = w.asymmetric ? load_u8(panel + w.scale_bytes() + at) : set1(EIGHT ? 128 : 8);
+      offset[r] = to_float(EIGHT ? sub(zero, set1(128)) : zero);
       for (int t = 0; t < T; t++) sum[r][t] = set1(0.0f);
     }
     for (int s = 0; s < steps; s++) {
       prefetch(codes + 1024);
       for (int j = 0; j < 8; j++) {
-        const int shift = j < 4 ? 8 * j : 8 * j - 28;  // where k = j lies in the 32 bits of a row
         vf column[R];
-        for (int r = 0; r < R; r++) {
-          vi code = bit_and(shift_right(load(reinterpret_cast<const int32_t*>(codes) + r * LANES), shift), set1(15));
-          if (EIGHT) {
-            const uint8_t* low = codes + steps * 128;
-            const vi rest = load(reinterpret_cast<const int32_t*>(low) + r * LANES);
-            code = bit_or(shift_left(code, 4), bit_and(shift_right(rest, shift), set1(15)));
-          }
-          column[r] = sub(to_float(code), offset[r]);
-        }
+        for (int r = 0; r < R; r++) column[r] = sub(to_float(codes_of<EIGHT>(codes, row + r * LANES, j)), offset[r]);
         fma_column(column, x + j * T, sum);
       }
-      codes += 128;
+      codes += EIGHT ? 256 : 128;
       x += 8 * T;
     }
     for (int r = 0; r < R; r++) {

@@ -1,14 +1,16 @@
 // Quantized weights times int8 activations: integer dot products within a group, whose order is free, then one fp32
 // multiply-add per group, always in the order of K.
 //
-// The weights are the unsigned operand (0..15), so that AVX2's maddubs never saturates; the offset of 8 comes off as
-// 8 * sum(x). Of a q8 weight the plane of high nibbles goes first; its sums are shifted by 4 bits before the other one.
+// Weights of 4 bits are the unsigned operand (0..15), so that AVX2's maddubs never saturates; the offset of 8 comes off
+// as 8 * sum(x). Those of 8 bits would overflow its sums of two products: they meet activations of 16 bits in madd,
+// which adds two products into 32.
 #pragma once
 
 namespace quantspec {
 
 // ---- Activations. A block of up to 64 rows holds its codes, then its scales, then its sums; within each, tile by
-// tile: codes as dwords of four k [K / 4][tile], scales and sums [groups][tile].
+// tile: codes as dwords of four k [K / 4][tile], or of two where the weights have 8 bits, scales and sums
+// [groups][tile].
 
 #if defined(__AVX512BW__)
 constexpr int INT8_TILE = 8;
@@ -16,7 +18,8 @@ constexpr int INT8_TILE = 8;
 constexpr int INT8_TILE = 6;
 #endif
 
-inline int64_t int8_row_bytes(const Linear& w) { return int64_t(w.groups()) * (w.group + 8); }
+inline int group_dwords(const Linear& w) { return w.group / (w.format == Q8 ? 2 : 4); }
+inline int64_t int8_row_bytes(const Linear& w) { return int64_t(w.groups()) * (group_dwords(w) * 4 + 8); }
 
 struct Int8Block {
   int32_t* codes;
@@ -24,7 +27,7 @@ struct Int8Block {
   int32_t* sums;
   Int8Block(const Linear& w, float* block, int count) {
     codes = reinterpret_cast<int32_t*>(block);
-    scales = block + int64_t(count) * w.groups() * w.group / 4;
+    scales = block + int64_t(count) * w.groups() * group_dwords(w);
     sums = reinterpret_cast<int32_t*>(scales + int64_t(count) * w.groups());
   }
 };
@@ -54,7 +57,7 @@ inline void quantize_row(const Linear& w, int n, int row, float* x, float* input
   const Tiles tiles(count, INT8_TILE);
   const int tile = tiles.of(row - base), begin = tiles.begin(tile), width = tiles.size(tile);
   const int groups = w.groups(), group = w.group, column = row - base - begin;
-  int32_t* codes = block.codes + int64_t(begin) * groups * group / 4 + column;
+  int32_t* codes = block.codes + int64_t(begin) * groups * group_dwords(w) + column;
   float* scales = block.scales + begin * groups + column;
   int32_t* sums = block.sums + begin * groups + column;
   std::memset(x + w.cols, 0, sizeof(float) * (groups * group - w.cols));
@@ -73,8 +76,13 @@ inline void quantize_row(const Linear& w, int n, int row, float* x, float* input
     for (int k = 0; k < group; k += LANES) {
       const vi code = inverse == 0 ? set1(0) : to_int(mul(load(x + k), set1(inverse)));
       total = add(total, code);
-      store_bytes(code, codes, codes + width);
-      codes += 2 * width;
+      if (w.format == Q8) {
+        store_pairs(code, codes, width);
+        codes += 4 * width;
+      } else {
+        store_bytes(code, codes, codes + width);
+        codes += 2 * width;
+      }
     }
     scales[g * width] = finite ? (inverse == 0 ? 0.0f : scale) : NAN;
     sums[g * width] = lane_sum<int32_t>(total);
@@ -83,7 +91,7 @@ inline void quantize_row(const Linear& w, int n, int row, float* x, float* input
 
 // ---- Integer dot products. A `Dot` multiplies a vector of weights (4 nibbles in each 32-bit lane, one lane an output
 // row) by four activations: `mul` starts a partial sum, `mac` adds to it up to seven times, `flush` adds it to the
-// 32-bit sums.
+// 32-bit sums. `pairs` are two weights of 8 bits in each lane, which `mac_pairs` multiplies by two activations.
 
 #if defined(__AVX512BW__)
 struct Dot {
@@ -94,12 +102,16 @@ struct Dot {
   static V high(V v) { return low(_mm512_srli_epi16(v, 4)); }
   static V broadcast(int32_t x) { return _mm512_set1_epi32(x); }
   static V zero() { return _mm512_setzero_si512(); }
-  static V shift(V v) { return _mm512_slli_epi32(v, 4); }
+  static V pairs(const uint8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
 #if defined(__AVX512VNNI__)
+  static V mac_pairs(V total, V w, V x) { return _mm512_dpwssd_epi32(total, w, x); }
   static V mul(V w, V x) { return _mm512_dpbusd_epi32(zero(), w, x); }
   static V mac(V sum, V w, V x) { return _mm512_dpbusd_epi32(sum, w, x); }
   static V flush(V total, V sum) { return _mm512_add_epi32(total, sum); }
 #else
+  static V mac_pairs(V total, V w, V x) { return _mm512_add_epi32(total, _mm512_madd_epi16(w, x)); }
   static V mul(V w, V x) { return _mm512_maddubs_epi16(w, x); }
   static V mac(V sum, V w, V x) { return _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, x)); }
   static V flush(V total, V sum) { return _mm512_add_epi32(total, _mm512_madd_epi16(sum, _mm512_set1_epi16(1))); }
@@ -115,10 +127,11 @@ struct Dot {
   static V high(V v) { return low(_mm256_srli_epi16(v, 4)); }
   static V broadcast(int32_t x) { return _mm256_set1_epi32(x); }
   static V zero() { return _mm256_setzero_si256(); }
-  static V shift(V v) { return _mm256_slli_epi32(v, 4); }
+  static V pairs(const uint8_t* p) { return load_pairs(p); }
+  static V mac_pairs(V total, V w, V x) { return in_turn(_mm256_add_epi32(total, _mm256_madd_epi16(w, x))); }
   static V mul(V w, V x) { return _mm256_maddubs_epi16(w, x); }
-  static V mac(V sum, V w, V x) {
-    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+  static V mac(V sum, V w, V x) { return in_turn(_mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x))); }
+  static V in_turn(V sum) {
     asm("" : "+x"(sum));  // GCC would reorder the additions into a tree, run out of registers and spill
     return sum;
   }
@@ -134,7 +147,13 @@ struct Dot {
   static V high(V v) { return low(shift_right(v, 4)); }
   static V broadcast(int32_t x) { return set1(x); }
   static V zero() { return set1(0); }
-  static V shift(V v) { return shift_left(v, 4); }
+  static V pairs(const uint8_t* p) { return load_pairs(p); }
+  static V mac_pairs(V total, V w, V x) {
+    for (int i = 0; i < LANES; i++) {
+      total.at[i] += int16_t(w.at[i]) * int16_t(x.at[i]) + (w.at[i] >> 16) * (x.at[i] >> 16);
+    }
+    return total;
+  }
   static V mul(V w, V x) { return mac(zero(), w, x); }
   static V mac(V sum, V w, V x) {
     for (int j = 0; j < 32; j += 8) {
@@ -147,11 +166,11 @@ struct Dot {
 };
 #endif
 
-// Adds one plane of a group, for R vectors of output rows and T tokens. `ahead` advances by `stride` a step: what later
-// steps will read.
+// Adds a group of 4-bit weights, for R vectors of output rows and T tokens. `ahead` advances by `stride` a step: what
+// later steps will read.
 template <int R, int T>
-inline void dot_plane(const uint8_t* codes, int steps, const int32_t* x, Dot::V (&total)[R][T], const char*& ahead,
-                      int stride) {
+inline void dot_nibbles(const uint8_t* codes, int steps, const int32_t* x, Dot::V (&total)[R][T], const char*& ahead,
+                        int stride) {
   using V = Dot::V;
   constexpr int bytes = Dot::rows * 4;
   for (int step = 0; step < steps; step += 4) {
@@ -184,6 +203,30 @@ inline void dot_plane(const uint8_t* codes, int steps, const int32_t* x, Dot::V 
   }
 }
 
+// The same of 8-bit weights.
+template <int R, int T>
+inline void dot_pairs(const uint8_t* codes, int steps, const int32_t* x, Dot::V (&total)[R][T], const char*& ahead,
+                      int stride) {
+  for (int step = 0; step < steps; step++) {
+    QS_UNROLL(4)
+    for (int s = 0; s < 4; s++) {
+      if (s % 2 == 0) {
+        prefetch(ahead);
+        if (R * Dot::rows == 32) prefetch(ahead + 64);
+        ahead += stride;
+      }
+      Dot::V weights[R];
+      for (int r = 0; r < R; r++) weights[r] = Dot::pairs(codes + s * 64 + r * Dot::rows * 2);
+      for (int t = 0; t < T; t++) {
+        const Dot::V token = Dot::broadcast(x[s * T + t]);
+        for (int r = 0; r < R; r++) total[r][t] = Dot::mac_pairs(total[r][t], weights[r], token);
+      }
+    }
+    codes += 256;
+    x += 4 * T;
+  }
+}
+
 // Vectors of output rows that a tile of T tokens takes together, as many as there are registers for.
 constexpr int vectors(int T) { return T <= 2 || Dot::rows == 16 ? 32 / Dot::rows : 2; }
 
@@ -205,7 +248,7 @@ void int8_tile(const Linear& w, const Int8Tile& first, float* out) {
   constexpr int R = vectors(T), PARTS = Dot::rows / LANES;
   // Copies, since the compiler must assume that a store of floats could change the fields behind a reference.
   const int steps = w.group / 8, scale_type = w.scale_type;
-  const int64_t group_bytes = w.group_bytes(), codes_offset = w.codes_offset() + tile.row * 4;
+  const int64_t group_bytes = w.group_bytes(), codes_offset = w.codes_offset() + tile.row * (EIGHT ? 2 : 4);
   const int64_t zeros_offset = w.scale_bytes() + tile.row;
   vf y[R * PARTS][T];
   for (int r = 0; r < R * PARTS; r++) {
@@ -214,15 +257,15 @@ void int8_tile(const Linear& w, const Int8Tile& first, float* out) {
   for (int g = 0; g < tile.groups; g++) {
     V total[R][T];
     for (int t = 0; t < T; t++) {
-      for (int r = 0; r < R; r++) total[r][t] = ASYMMETRIC ? Dot::zero() : Dot::broadcast(-8 * tile.sums[t]);
+      // What the codes' and the zero points' origins differ by.
+      const V origin = EIGHT == ASYMMETRIC ? Dot::broadcast((EIGHT ? 128 : -8) * tile.sums[t]) : Dot::zero();
+      for (int r = 0; r < R; r++) total[r][t] = origin;
     }
     const uint8_t* codes = tile.panel + codes_offset;
-    dot_plane<R, T>(codes, steps, tile.x, total, tile.ahead, tile.stride);
     if (EIGHT) {
-      for (int r = 0; r < R; r++) {
-        for (int t = 0; t < T; t++) total[r][t] = Dot::shift(total[r][t]);
-      }
-      dot_plane<R, T>(codes + steps * 128, steps, tile.x, total, tile.ahead, tile.stride);
+      dot_pairs<R, T>(codes, steps, tile.x, total, tile.ahead, tile.stride);
+    } else {
+      dot_nibbles<R, T>(codes, steps, tile.x, total, tile.ahead, tile.stride);
     }
     for (int r = 0; r < R * PARTS; r++) {
       const vf scale = load_as(scale_type, tile.panel, tile.row + r * LANES);
@@ -233,7 +276,7 @@ void int8_tile(const Linear& w, const Int8Tile& first, float* out) {
       }
     }
     tile.panel += group_bytes;
-    tile.x += steps * 2 * T;
+    tile.x += steps * (EIGHT ? 4 : 2) * T;
     tile.scales += T;
     tile.sums += T;
   }
@@ -275,7 +318,7 @@ constexpr int64_t BLOCK_BYTES = 16384 + 1024;
 inline void panel_int8(const Linear& w, int panel, float* inputs, int count, float* sums) {
   const Int8Block block(w, inputs, count);
   const Tiles tiles(count, INT8_TILE);
-  const int groups = w.groups(), group = w.group;
+  const int groups = w.groups();
   const int64_t group_bytes = w.group_bytes();
   const bool once = tiles.count == 1 && vectors(count) * Dot::rows == 32;  // each weight is read once
   const int64_t block_bytes = tiles.count == 1 ? BLOCK_BYTES / 2 : BLOCK_BYTES;
@@ -289,7 +332,7 @@ inline void panel_int8(const Linear& w, int panel, float* inputs, int count, flo
       const int begin = tiles.begin(t), width = tiles.size(t), span = vectors(width) * Dot::rows;
       const int64_t at = int64_t(begin) * groups + int64_t(g) * width;
       const char* next = reinterpret_cast<const char*>(start + now * group_bytes);
-      Int8Tile tile{start, 0, now, block.codes + at * group / 4, block.scales + at, block.sums + at, next, 0};
+      Int8Tile tile{start, 0, now, block.codes + at * group_dwords(w), block.scales + at, block.sums + at, next, 0};
       if (once) tile.ahead = reinterpret_cast<const char*>(start) + 4096, tile.stride = 128;
       const Int8Kernel kernel = int8_kernel(w, width);
       for (; tile.row < 32; tile.row += span) {

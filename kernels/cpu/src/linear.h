@@ -3,11 +3,12 @@
 // A weight [N, K] is cut into panels of 32 output rows, which lie one after the other, N filled up with zeros. Within
 // a panel, quantized formats go group by group along K (K filled up to whole groups):
 //
-//   scales of the 32 rows | zero points, one byte a row, if asymmetric (64 bytes) | codes, one plane (q4) or two (q8)
+//   scales of the 32 rows | zero points, one byte a row, if asymmetric (64 bytes) | codes
 //
-// A plane takes 8 values of k in a step of 128 bytes: row r's 4 bytes at 4 r, byte j with the code of k = j in its low
-// and of k = 4 + j in its high nibble. Codes are stored unsigned, q + 8. A q8 code + 128 is split into a plane of high
-// nibbles and one of low ones. Dense formats go k by k, the 32 rows' values together.
+// Codes of q4 take 8 values of k in a step of 128 bytes: row r's 4 bytes at 4 r, byte j with the code of k = j in its
+// low and of k = 4 + j in its high nibble, unsigned, q + 8. Codes of q8 are signed bytes and take 2 values of k in a
+// step of 64 bytes, row r's at 2 r. Zero points are unsigned, z + 8 or z + 128. Dense formats go k by k, the 32 rows'
+// values together.
 //
 // Columns may lie in an activation order (GPTQ's desc_act): inputs are brought into it before anything else is done to
 // them, so that all else is as without one.
@@ -33,12 +34,11 @@ struct Linear {  // mirrored in packed.py
   int32_t asymmetric;
 
   bool dense() const { return format >= F32; }
-  int planes() const { return format == Q8 ? 2 : 1; }
   int panel_count() const { return (rows + 31) / 32; }
   int groups() const { return (cols + group - 1) / group; }
   int64_t scale_bytes() const { return scale_type == F32 ? 128 : 64; }
   int64_t codes_offset() const { return scale_bytes() + (asymmetric ? 64 : 0); }
-  int64_t group_bytes() const { return codes_offset() + int64_t(planes()) * group * 16; }
+  int64_t group_bytes() const { return codes_offset() + int64_t(group) * (format == Q8 ? 32 : 16); }
   int64_t panel_bytes() const {
     return dense() ? int64_t(cols) * (format == F32 ? 128 : 64) : groups() * group_bytes();
   }

@@ -34,20 +34,14 @@ inline void pack_row(const Linear& w, int row, const int8_t* codes, const uint8_
       if (r == 0) std::memset(group + w.scale_bytes() + 32, 0, 32);
       group[w.scale_bytes() + r] = uint8_t(bias + (zeros ? zeros[source] : 0));
     }
-    uint8_t* plane = group + w.codes_offset() + r * 4;
+    const auto code = [&](int k) { return codes && g * w.group + k < w.cols ? codes[g * w.group + k] : 0; };
+    uint8_t* out = group + w.codes_offset();
+    if (w.format == Q8) {
+      for (int k = 0; k < w.group; k++) out[k / 2 * 64 + r * 2 + k % 2] = uint8_t(code(k));
+      continue;
+    }
     for (int k = 0; k < w.group; k += 8) {
-      for (int j = 0; j < 4; j++) {
-        const int at = g * w.group + k + j;
-        const int a = bias + (codes && at < w.cols ? codes[at] : 0);
-        const int b = bias + (codes && at + 4 < w.cols ? codes[at + 4] : 0);
-        uint8_t* out = plane + k * 16 + j;
-        if (w.format == Q4) {
-          out[0] = uint8_t(a | b << 4);
-        } else {
-          out[0] = uint8_t(a >> 4 | (b & 0xf0));
-          out[w.group * 16] = uint8_t((a & 15) | (b & 15) << 4);
-        }
-      }
+      for (int j = 0; j < 4; j++) out[k * 16 + r * 4 + j] = uint8_t((code(k + j) + 8) | (code(k + j + 4) + 8) << 4);
     }
   }
 }
@@ -63,14 +57,14 @@ inline void unpack_row(const Linear& w, int row, float* out) {
   for (int g = 0; g < w.groups(); g++) {
     const uint8_t* group = group_at(w, row, g);
     const float scale = scalar_as(w.scale_type, group, r);
-    const int bias = w.asymmetric ? group[w.scale_bytes() + r] : w.format == Q8 ? 128 : 8;
-    const uint8_t* plane = group + w.codes_offset() + r * 4;
+    const int origin = w.format == Q8 ? 128 : 8, zero = (w.asymmetric ? group[w.scale_bytes() + r] : origin) - origin;
+    const uint8_t* codes = group + w.codes_offset();
     const int end = w.cols < (g + 1) * w.group ? w.cols : (g + 1) * w.group;
     for (int k = g * w.group; k < end; k++) {
-      const int j = k % 8, shift = j < 4 ? 0 : 4, at = k % w.group / 8 * 128 + j % 4;
-      int code = plane[at] >> shift & 15;
-      if (w.format == Q8) code = code << 4 | (plane[at + w.group * 16] >> shift & 15);
-      out[w.order ? w.order[k] : k] = float(code - bias) * scale;
+      const int at = k % w.group, j = at % 8;
+      const int code = w.format == Q8 ? int8_t(codes[at / 2 * 64 + r * 2 + at % 2])
+                                      : (codes[at / 8 * 128 + r * 4 + j % 4] >> (j < 4 ? 0 : 4) & 15) - 8;
+      out[w.order ? w.order[k] : k] = float(code - zero) * scale;
     }
   }
 }

@@ -48,6 +48,7 @@ inline vi bit_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 inline vi bit_or(vi a, vi b) { return _mm256_or_si256(a, b); }
 inline vi shift_left(vi a, int bits) { return _mm256_slli_epi32(a, bits); }
 inline vi shift_right(vi a, int bits) { return _mm256_srli_epi32(a, bits); }
+inline vi shift_right_signed(vi a, int bits) { return _mm256_srai_epi32(a, bits); }
 inline vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 inline vi to_int(vf a) { return _mm256_cvtps_epi32(a); }  // to the nearest, ties to even
 inline vf as_float(vi a) { return _mm256_castsi256_ps(a); }
@@ -55,6 +56,16 @@ inline void store_bytes(vi a, int32_t* first, int32_t* second) {  // lanes 0-3 a
   const __m256i words = _mm256_packs_epi32(a, a), bytes = _mm256_packs_epi16(words, words);
   *first = _mm256_extract_epi32(bytes, 0);
   *second = _mm256_extract_epi32(bytes, 4);
+}
+inline void store_pairs(vi a, int32_t* p, int stride) {  // lanes two by two, as 16 bits each
+  const __m256i words = _mm256_packs_epi32(a, a);
+  p[0] = _mm256_extract_epi32(words, 0);
+  p[stride] = _mm256_extract_epi32(words, 1);
+  p[2 * stride] = _mm256_extract_epi32(words, 4);
+  p[3 * stride] = _mm256_extract_epi32(words, 5);
+}
+inline vi load_pairs(const uint8_t* p) {  // two signed bytes in each lane, as 16 bits each
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 inline vi load_u8(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -106,6 +117,7 @@ inline vi bit_and(vi a, vi b) { return each<vi>([&](int i) { return a.at[i] & b.
 inline vi bit_or(vi a, vi b) { return each<vi>([&](int i) { return a.at[i] | b.at[i]; }); }
 inline vi shift_left(vi a, int bits) { return each<vi>([&](int i) { return int32_t(uint32_t(a.at[i]) << bits); }); }
 inline vi shift_right(vi a, int bits) { return each<vi>([&](int i) { return int32_t(uint32_t(a.at[i]) >> bits); }); }
+inline vi shift_right_signed(vi a, int bits) { return each<vi>([&](int i) { return a.at[i] >> bits; }); }
 inline vf to_float(vi a) { return each<vf>([&](int i) { return float(a.at[i]); }); }
 // clang-format on
 inline vi to_int(vf a) {  // what is not a number becomes what the AVX2 instruction makes of it
@@ -121,6 +133,12 @@ inline void store_bytes(vi a, int32_t* first, int32_t* second) {
   for (int i = 0; i < LANES; i++) bytes[i] = int8_t(a.at[i]);
   std::memcpy(first, bytes, 4);
   std::memcpy(second, bytes + 4, 4);
+}
+inline void store_pairs(vi a, int32_t* p, int stride) {
+  for (int i = 0; i < LANES; i += 2) p[i / 2 * stride] = int32_t(uint32_t(a.at[i + 1]) << 16 | uint16_t(a.at[i]));
+}
+inline vi load_pairs(const uint8_t* p) {
+  return each<vi>([&](int i) { return int32_t(int8_t(p[2 * i + 1])) * 65536 + uint16_t(int8_t(p[2 * i])); });
 }
 inline vi load_u8(const uint8_t* p) {
   return each<vi>([&](int i) { return int32_t(p[i]); });
