@@ -16,7 +16,7 @@ from quantspec.calibrate.cost.inner import InnerVerifier
 from quantspec.calibrate.cost.watch import Watched, watch
 from quantspec.calibrate.cost.workbench import Workbench
 from quantspec.drafters.cascade import Cascade
-from quantspec.engine.config import TREE_METHODS
+from quantspec.engine.config import HEAD_METHODS
 from quantspec.engine.costs import Candidate, CostCurve, DraftCost, Inner, Setting, Trace
 from quantspec.engine.engine import Engine
 from quantspec.errors import QuantSpecError
@@ -25,7 +25,7 @@ from quantspec.types import Budget
 _WORTH = 6.0
 """A draft whose verification takes longer than so many plain steps does not pay: hardly more tokens come of any."""
 _NODES = (8, 63)
-_LONGEST = {"draft": 10, "peagle": 10, "cascade": 16}
+_LONGEST = {"lookup": 16, "draft": 10, "cascade": 16}
 _DEPTH = 8
 _INNER = {"min_draft": 10, "tree_nodes": 12, "tree_depth": 6}
 _AFTER = 2
@@ -42,10 +42,12 @@ def widest_nodes(target: CostCurve) -> int:
     return max((n for n in range(least, most + 1) if target.relative(n + 1, context) <= _WORTH), default=least)
 
 
-def widest(method: str, nodes: int, top_k: int) -> Mapping[str, int]:
-    """The options with which a drafter's trace is taken."""
-    options = {"num_speculative_tokens": min(nodes, _LONGEST.get(method, nodes))}
-    if method in TREE_METHODS:
+def widest(method: str, nodes: int, top_k: int, new_tokens: int) -> Mapping[str, int]:
+    """The options with which a drafter's trace is taken, on texts of ``new_tokens``: a chain has room in most steps."""
+    if method not in HEAD_METHODS:
+        nodes = min(nodes, _LONGEST.get(method, nodes), max(new_tokens // 3, 1))
+    options = {"num_speculative_tokens": nodes}
+    if method in HEAD_METHODS:
         options |= {"tree_depth": _DEPTH, "tree_top_k": top_k}
     if method == "cascade":
         options |= _INNER | {"tree_top_k": top_k}

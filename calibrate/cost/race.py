@@ -1,4 +1,7 @@
-"""Settings side by side: each writes the same prompts by the real engine, in turns, and the times decide."""
+"""Settings side by side: each writes the same prompts by the real engine, in turns, and the times decide.
+
+They run as ``auto`` would run them, with widths that follow each draft, so what is compared is what users get.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from time import perf_counter
 from quantspec.calibrate.cost.watch import watch
 from quantspec.calibrate.cost.workbench import Workbench
 from quantspec.calibrate.stats import Ratio, ratio
-from quantspec.engine.costs import Setting
+from quantspec.engine.costs import Profile, Setting
 from quantspec.engine.engine import Engine
 from quantspec.engine.records import Record
 from quantspec.errors import QuantSpecError
@@ -35,13 +38,15 @@ class Run(Record):
 
 
 class Race:
-    """``planned`` are the settings' speeds, as far as one can tell; ``runs`` what was run before. ``failures`` tell why
-    a setting, by number, does not take part."""
+    """``known`` is what their drafters are known to cost and give, ``planned`` the settings' speeds, as far as one can
+    tell; ``runs`` what was run before. ``failures`` tell why a setting, by number, does not take part."""
 
     def __init__(
-        self, bench: Workbench, settings: Sequence[Setting], planned: Sequence[float], runs: Sequence[Run] = ()
-    ) -> None:
-        self._bench, self._settings, self._planned, self.runs = bench, settings, planned, list(runs)
+        self, bench: Workbench, known: Profile, settings: Sequence[Setting], planned: Sequence[float],
+        runs: Sequence[Run] = (),
+    ) -> None:  # fmt: skip
+        self._bench, self._known, self._settings, self._planned = bench, known, settings, planned
+        self.runs = list(runs)
         self.failures: dict[int, str] = {}
         self._engines: dict[int, Engine] = {}
         for number, setting in enumerate(settings):
@@ -67,30 +72,39 @@ class Race:
 
     def speed(self, number: int) -> Ratio:
         """Tokens per second of a setting, with a 95% bootstrap interval over prompts. Of a step that several rounds
-        have timed, the least time counts: what else the machine did only ever adds to it."""
-        texts = [self._same(number, prompt) for prompt in {run.prompt for run in self.runs if run.setting == number}]
-        return ratio([(float(sum(same[0].tokens)), _least(same)) for same in texts])
+        have timed, the least time counts: what else the machine did only ever adds to it. Rounds whose steps differ,
+        since widths follow the times too, are averaged."""
+        return ratio(
+            [
+                (float(sum(sum(same[0].tokens) for same in rounds)), sum(map(_least, rounds)))
+                for prompt in sorted({run.prompt for run in self.runs if run.setting == number})
+                for rounds in [self._rounds(number, prompt)]
+            ]
+        )
 
     def noise(self) -> float:
         """How far times repeat: the median over all settings and prompts of the difference between a text's earlier and
         later rounds, as a share of the smaller; 0 where there was one round."""
         apart = [0.0]
         for number, prompt in {(run.setting, run.prompt) for run in self.runs}:
-            same = self._same(number, prompt)
-            if len(same) > 1:
-                half = len(same) // 2
-                first, second = _least(same[:half]), _least(same[half:])
-                apart.append(abs(first - second) / max(min(first, second), 1e-9))
+            for same in self._rounds(number, prompt):
+                if len(same) > 1:
+                    half = len(same) // 2
+                    first, second = _least(same[:half]), _least(same[half:])
+                    apart.append(abs(first - second) / max(min(first, second), 1e-9))
         return median(apart[1:] or apart)
 
-    def _same(self, number: int, prompt: int) -> list[Run]:
-        """The rounds of one text, whose steps are the same each time."""
-        runs = [run for run in self.runs if (run.setting, run.prompt) == (number, prompt)]
-        return [run for run in runs if run.tokens == runs[0].tokens]
+    def _rounds(self, number: int, prompt: int) -> list[list[Run]]:
+        """The rounds of one text, those with the same steps together."""
+        alike: dict[tuple[int, ...], list[Run]] = {}
+        for run in self.runs:
+            if (run.setting, run.prompt) == (number, prompt):
+                alike.setdefault(run.tokens, []).append(run)
+        return list(alike.values())
 
     def _load(self, number: int, setting: Setting) -> None:
         try:
-            engine = self._bench.engine(setting)
+            engine = self._bench.engine(setting, self._known)
             failure = self._bench.failure(engine, setting)
         except QuantSpecError as error:
             failure = str(error)

@@ -1,7 +1,7 @@
 """``quantspec tune``: measure a model and its drafters on this machine, and write the profile that the planner reads.
 
-Forwards first, then every drafter at its widest; the planner ranks what follows from these; its best setting of each
-drafter then runs against plain decoding, and the fastest is chosen. Every finished part is kept at once.
+Forwards first, then every drafter at its widest; the planner ranks what follows from these; each drafter then runs
+against plain decoding, as ``auto`` would run it, and the fastest is chosen. Every finished part is kept at once.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def _there(path: Path, note: Note) -> Profile | None:
 
 def _other_drafters(profile: Profile, found: Sequence[Found]) -> str | None:
     """Why a profile does not know all of these drafters, and these alone."""
-    known = {(each.method, *sorted(each.parts.items())) for each in profile.candidates}
-    wanted = {_key(one) for one in found}
+    known = {(each.method, *sorted(each.parts.items())): each.weights for each in profile.candidates}
+    wanted = {_key(one): _weights(one) for one in found}
     return None if known == wanted else "it was measured with other drafters"
 
 
@@ -152,7 +152,7 @@ class _Tuning:
         known = Profile(
             FORMAT_VERSION, machine, model, kernels, created, plain.target, plain.overhead, candidates, (), PLAIN
         )
-        measured, failures = self._race(rank(known))
+        measured, failures = self._race(known, rank(known))
         for setting, failure in failures:
             late = known.candidate(setting)
             candidates = tuple(replace(each, failure=failure) if each is late else each for each in candidates)
@@ -201,7 +201,7 @@ class _Tuning:
             found = self._measure(one, plain, self._seconds["drafters"] / count)
             done = found.as_dict()
             self.work.put(part, done)
-        candidate = Candidate.from_dict(done)
+        candidate = replace(Candidate.from_dict(done), weights=_weights(one))
         if candidate.failure:
             self.note(f"{one.name} fails: {candidate.failure}")
         return candidate
@@ -211,7 +211,8 @@ class _Tuning:
             return failed(Setting(one.name), one.error)
         self.note(f"measuring {one.name}")
         method, top_k = one.options["method"], self.bench.plain.config.tree_top_k
-        setting = Setting(method, _parts(one), widest(method, widest_nodes(plain.target), top_k))
+        options = widest(method, widest_nodes(plain.target), top_k, self.config.max_new_tokens)
+        setting = Setting(method, _parts(one), options)
         curve = None
         if method == "cascade":
             try:
@@ -231,17 +232,16 @@ class _Tuning:
             self.work.put(part, done)
         return CostCurve.from_dict(done)
 
-    def _race(self, plans: Sequence[Plan]) -> tuple[list[Measured], list[tuple[Setting, str]]]:
-        """The best setting of each drafter and plain decoding, measured, in the planner's order; and those that failed,
-        with the reason."""
+    def _race(self, known: Profile, plans: Sequence[Plan]) -> tuple[list[Measured], list[tuple[Setting, str]]]:
+        """Each drafter and plain decoding, measured, in the planner's order; and those that failed, with the reason."""
         settings = [plan.setting for plan in plans]
         listed = [setting.as_dict() for setting in settings]
         done = self.work.get("race")
         if done is None or done["settings"] != listed:
             done = {"settings": listed, "runs": []}
         self.note(f"running {len(settings)} settings against each other")
-        planned = [plan.speed.rate for plan in plans]
-        race = Race(self.bench, settings, planned, [Run.from_dict(run) for run in done["runs"]])
+        planned = [plan.rate for plan in plans]
+        race = Race(self.bench, known, settings, planned, [Run.from_dict(run) for run in done["runs"]])
 
         def keep(run: Run) -> None:
             done["runs"].append(run.as_dict())
@@ -258,8 +258,16 @@ class _Tuning:
                 self.note(f"{plan.setting.method} fails: {race.failures[number]}")
             else:
                 speed = race.speed(number)
-                measured.append(Measured(plan.setting, plan.speed.rate, speed.value, speed.low, speed.high))
+                measured.append(Measured(plan.setting, plan.rate, speed.value, speed.low, speed.high))
         return measured, [(settings[number], why) for number, why in race.failures.items()]
+
+
+def _weights(one: Found) -> dict[str, str]:
+    """The fingerprints of a drafter's parts; none of one that has no weights, whose row says why."""
+    try:
+        return {part: fingerprint(resolve(name)) for part, name in _parts(one).items()}
+    except ModelError:
+        return {}
 
 
 def _parts(one: Found) -> dict[str, str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from quantspec.engine.auto import applied
 from quantspec.engine.build import equip, load_draft_model
 from quantspec.engine.config import EngineConfig
-from quantspec.engine.costs import Setting
+from quantspec.engine.costs import Profile, Setting
 from quantspec.engine.engine import Engine
 from quantspec.models.base import CausalModel
 
@@ -18,13 +19,17 @@ class Workbench:
         self.plain, self.notices = plain, list[str]()
         self._draft_models: dict[str, CausalModel] = {}
 
-    def engine(self, setting: Setting) -> Engine:
-        """An engine that decodes as the setting says. Raises as ``build`` does for the parts."""
+    def engine(self, setting: Setting, profile: Profile | None = None) -> Engine:
+        """An engine that decodes as the setting says; with what is known of it, as ``auto`` would by a profile that
+        chose it. Raises as ``build`` does for the parts."""
         self.notices.clear()
         config, tokenizer = self._config(setting), self.plain.tokenizer
+        if profile is not None:
+            profile = replace(profile, chosen=setting)
+            config = applied(profile, setting, self.plain.config)
         assert tokenizer is not None, "build loads one"
         draft = None if config.draft_model is None else self.draft_model(setting)
-        return equip(config, self.plain.model, tokenizer, self.notices.append, draft)
+        return equip(config, self.plain.model, tokenizer, self.notices.append, draft, profile)
 
     def draft_model(self, setting: Setting) -> CausalModel:
         """The setting's draft model, loaded once."""

@@ -64,7 +64,7 @@ def settle(
         _refuse(config, refusal, notice)
         return default, None
     try:
-        return _chosen(profile, setting, config), replace(profile, chosen=setting)
+        return applied(profile, setting, config), replace(profile, chosen=setting)
     except QuantSpecError as error:
         _refuse(config, error, notice)
         return default, None
@@ -89,13 +89,15 @@ def _refuse(config: EngineConfig, why: object, notice: Callable[[str], None]) ->
     notice(f"the profile {config.profile} is not used: {why}; quantspec tune makes a new one")
 
 
-def _chosen(profile: Profile, setting: Setting, config: EngineConfig) -> EngineConfig:
-    """The configuration with the setting. Raises ``ModelError`` for a drafter that is gone since it was measured, and
-    ``UsageError`` for options that somebody wrote into the file."""
-    if setting.method != PLAIN.method and profile.candidate(setting) is None:
+def applied(profile: Profile, setting: Setting, config: EngineConfig) -> EngineConfig:
+    """The configuration with the setting, as ``auto`` runs it. Raises ``ModelError`` for a drafter that is gone or
+    another one since it was measured, and ``UsageError`` for options that somebody wrote into the file."""
+    candidate = profile.candidate(setting)
+    if setting.method != PLAIN.method and candidate is None:
         raise ModelError(f"it holds nothing of the {setting.method} that it chose")
-    for name in setting.parts.values():
-        resolve(name)
+    for part, name in setting.parts.items():
+        if candidate and fingerprint(resolve(name)) != candidate.weights.get(part):
+            raise ModelError(f"{name} has other weights than were measured")
     changes: dict[str, Any] = {"method": setting.method, **setting.parts, **_options(profile, setting, config)}
     return replace(config, **changes)
 

@@ -222,8 +222,8 @@ PLAIN = Setting("none")
 
 @dataclass(frozen=True)
 class Candidate(Record):
-    """A drafter as it was measured: ``options`` are the widest, with which ``trace`` was taken. ``failure`` says why
-    there is no measurement."""
+    """A drafter as it was measured: ``options`` are the widest, with which ``trace`` was taken, ``weights`` the
+    ``models.fingerprint`` of each part. ``failure`` says why there is no measurement."""
 
     method: str
     parts: Mapping[str, str]
@@ -232,6 +232,7 @@ class Candidate(Record):
     trace: Trace | None = None
     inner: Inner | None = None
     failure: str | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.trace and self.options.get("num_speculative_tokens", 0) < 1:

@@ -42,7 +42,15 @@ def prompts(bench: Workbench) -> list[list[int]]:
 
 
 def setting(method: str, nodes: int = 8, **parts: str) -> Setting:
-    return Setting(method, parts, widest(method, nodes, 4))
+    return Setting(method, parts, widest(method, nodes, 4, 48))
+
+
+def test_chains_have_room_in_short_texts() -> None:
+    """Else no step would be whole, and there would be no trace."""
+    assert widest("lookup", 63, 4, 48)["num_speculative_tokens"] == 16
+    assert widest("lookup", 63, 4, 16)["num_speculative_tokens"] == 5
+    assert widest("eagle", 63, 4, 16)["num_speculative_tokens"] == 63
+    assert widest("draft", 8, 4, 48)["num_speculative_tokens"] == 8
 
 
 @cache

@@ -17,6 +17,7 @@ from quantspec.calibrate.cost.workbench import Workbench
 from quantspec.engine.costs import PLAIN, Profile, Setting
 from quantspec.engine.engine import Engine
 from quantspec.errors import ModelError, ResourceError, UsageError
+from quantspec.models.fingerprint import fingerprint
 from quantspec.models.resolve import FAMILY
 
 HEAD, DRAFT = str(FAMILY / "eagle-target"), str(FAMILY / "intermediate-w4")
@@ -42,6 +43,7 @@ def test_the_profile(tuned: run.Tuned, tmp_path: Path) -> None:
     settings = [each.setting for each in profile.measured]
     assert PLAIN in settings
     assert {each.method for each in settings} == {"none", "lookup", "eagle"}
+    assert all(each.weights.keys() == each.parts.keys() for each in profile.candidates)
     assert profile.chosen == max(profile.measured, key=lambda each: each.tokens_per_second).setting
     assert all(each.low <= each.tokens_per_second <= each.high for each in profile.measured)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["profile.json", "questions.jsonl", "stray"]
@@ -166,6 +168,7 @@ def test_a_profile_that_holds_is_taken(
         (heads, (tuned.profile.model, "0" * 64), "another model"),
         (heads, ('"threads": 1', '"threads": 7'), "another machine"),
         (heads, ("sources ", "sources 0"), "other kernels"),
+        (heads, (fingerprint(Path(HEAD)), "0" * 64), "other drafters"),
         (heads, ("{", "["), "measured anew"),
     ):
         tuned.path.write_text(text.replace(*change))
@@ -202,8 +205,19 @@ def test_a_drafter_that_fails_late_is_left_out(quick: Quick, tmp_path: Path, mon
     assert [(row.drafter, row.failure) for row in explain.rows(tuned.profile)] == [("none", None), ("lookup", "gone")]
 
 
+def test_settings_race_as_auto_runs_them(tuned: run.Tuned, quick: Quick) -> None:
+    """As wide as was measured, with a controller that narrows each draft."""
+    bench = Workbench(run.build(quick().engine(), lambda line: None))
+    race = Race(bench, tuned.profile, [PLAIN, Setting("eagle", {"head": HEAD}, {"num_speculative_tokens": 1})], [1, 1])
+    plain, eagle = race._engines[0], race._engines[1]
+    widest = next(each for each in tuned.profile.candidates if each.method == "eagle").options
+    assert plain.outlook is None
+    assert eagle.outlook is not None
+    assert eagle.budget.max_nodes == eagle.outlook.nodes == widest["num_speculative_tokens"] > 1
+
+
 def test_times_of_a_race() -> None:
-    """The least time of each step counts; a text that came out otherwise is another text."""
+    """The least time of each step counts; rounds with other steps are averaged with them."""
     race = Race.__new__(Race)
     race.runs = [
         Run(0, 0, (1, 2), (1.0, 9.0)),
@@ -212,7 +226,7 @@ def test_times_of_a_race() -> None:
         Run(0, 1, (4,), (2.0,)),
         Run(1, 0, (3,), (1.0,)),
     ]
-    assert race.speed(0).value == pytest.approx((3 + 4) / (2.0 + 2.0))
+    assert race.speed(0).value == pytest.approx((3 + 3 + 4) / (2.0 + 0.3 + 2.0))
     assert race.speed(1).value == 3
     assert race.noise() == pytest.approx(10 / 6 - 1)
 

@@ -72,7 +72,8 @@ def profile(family: dict[str, Path], parts: dict[str, dict[str, str]], llms: dic
         cheap = DraftCost(per_level=2e-5)
         candidates = tuple(
             Candidate(
-                method, parts[method], options, cheap, GOOD, Inner(SMALL, cheap, GOOD) if method == "cascade" else None
+                method, parts[method], options, cheap, GOOD, Inner(SMALL, cheap, GOOD) if method == "cascade" else None,
+                weights={part: fingerprint(Path(folder)) for part, folder in parts[method].items()},
             )
             for method, options in WIDEST.items()
         )
@@ -219,15 +220,17 @@ def test_no_profile_a_damaged_one_and_unknown_parts_are_told(
 
 
 def test_a_drafter_that_is_gone_or_was_never_measured_is_told(
-    family: dict[str, Path], profile: Make, tmp_path: Path
+    family: dict[str, Path], parts: dict[str, dict[str, str]], profile: Make, tmp_path: Path
 ) -> None:
     path = profile("eagle")
     made, gone = Profile.load(path), Setting("eagle", {"head": str(tmp_path / "gone")})
+    trained_on = replace(made.candidates[2], weights={"head": "0" * 64})
     kept = Candidate("eagle", gone.parts, WIDEST["eagle"], DraftCost(), GOOD)
     edited = Candidate("lookup", {}, {"num_speculative_tokens": 8, "prompt_lookup_max": 0}, DraftCost(), GOOD)
     for chosen, candidates, words in (
         (gone, (kept,), "no model folder at"),
         (gone, (), "it holds nothing of the eagle that it chose"),
+        (Setting("eagle", parts["eagle"]), (trained_on,), "has other weights than were measured"),
         (Setting("lookup"), (edited,), "prompt_lookup_max must be"),
     ):
         replace(made, chosen=chosen, candidates=candidates).save(path)
