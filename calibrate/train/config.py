@@ -243,7 +243,7 @@ class Eagle3Config(DrafterConfig):
     norm_before_residual: bool = False
     """The residual stream starts from the normed input."""
     start: Path | None = None
-    """An EAGLE-3 head on the same layers and draft vocabulary to start from."""
+    """A head on the same layers and draft vocabulary to start from: EAGLE-3, or for P-EAGLE either."""
 
 
 @dataclass(frozen=True)

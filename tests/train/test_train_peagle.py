@@ -122,6 +122,33 @@ def gradients(method: PEagleMethod, batch: Batch) -> tuple[float, dict[str, torc
     return float(loss.detach()), found, metrics
 
 
+def test_training_starts_from_either_kind_of_head(model: Path, texts: Rollouts, tmp_path: Path) -> None:
+    """Layers that it lacks are the identity; an EAGLE-3 head's embedding and mask are those of a new one."""
+    shape = {"draft_vocab_size": 200, "mlp": 128}
+    first = method_of(model, texts, **shape)
+    first.save(tmp_path / "head", {})
+    config = PEagleConfig(model, model, model, layer_ids=(0, 1), layers=3, depths=DEPTHS, **shape)
+    start = replace(config, start=tmp_path / "head")
+    second = PEagleMethod(start, load_net(model), texts)
+    for name, tensor in first.net.state_dict().items():
+        assert second.net.state_dict()[name].equal(tensor.bfloat16().float()), name
+    batch = batch_of(second, texts)
+    shallow = PEagleMethod(replace(start, layers=2), load_net(model), texts)
+    elements = torch.arange(3 * DEPTHS).expand(3, -1)
+    assert second._outputs_of(batch, elements).equal(shallow._outputs_of(batch, elements))
+    first.mask_token += 1
+    first.save(tmp_path / "head", {})
+    with pytest.raises(ModelError, match=r"masks with token \d+, these texts need \d+ least"):
+        PEagleMethod(start, load_net(model), texts)
+    eagle3 = Eagle3Method(
+        Eagle3Config(model, model, model, layer_ids=(0, 1), layers=2, **shape), load_net(model), texts
+    )
+    eagle3.save(tmp_path / "eagle3", {})
+    third = PEagleMethod(replace(config, start=tmp_path / "eagle3"), load_net(model), texts)
+    assert third.net.embed_tokens.weight.equal(third.base.model.embed_tokens.weight)
+    assert third.net.fc.weight.equal(eagle3.net.fc.weight.bfloat16().float())
+
+
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_parts_give_the_gradients_of_the_whole(model: Path, texts: Rollouts, count: int) -> None:
     method = method_of(model, texts, draft_vocab_size=200, fc_norm=True, feature_weight=3.0)
@@ -218,6 +245,7 @@ def test_a_saved_head_drafts_what_training_saw(model: Path, texts: Rollouts, tmp
     from quantspec.core.drafter import TargetParts, View
     from quantspec.core.noise import Stream
     from quantspec.core.sampling import WarpChain
+    from quantspec.drafters.config import EagleOptions
     from quantspec.drafters.peagle import PEagle
     from quantspec.models.load import load_model
     from quantspec.types import Budget, SamplingParams, Verdict
@@ -235,7 +263,7 @@ def test_a_saved_head_drafts_what_training_saw(model: Path, texts: Rollouts, tmp
     assert tensors.keys() == method.net.state_dict().keys()
 
     batch, chain = OnlineFeatures(method.base, method.taps, own=True).fill(texts.batch([0])), DEPTHS
-    drafter, tokens = PEagle(tmp_path / "head", chain), batch.ids[0, :12].tolist()
+    drafter, tokens = PEagle(tmp_path / "head", EagleOptions(depth=chain, top_k=1)), batch.ids[0, :12].tolist()
     drafter.prepare(TargetParts(load_model(model)))
     warp = WarpChain(SamplingParams(), tokens[:1], frozenset())
     view = View(tuple(tokens), 1, warp, warp.start(), Stream(5), frozenset(), 20, method.base.vocab)

@@ -60,9 +60,8 @@ class Eagle3Method:
         self.shape = head_shape(config, base.shape, config.layers)
         self.flags = Flags(config.fc_norm, config.norm_output, config.norm_before_fc, config.norm_before_residual)
         self.net = self._new_net().init_weights(config.optim.seed).to(device)
-        with torch.no_grad():  # the base's own way from a state to tokens
-            self.net.lm_head.weight.copy_(base.head_weight[self.ids])
-            self.net.norm.weight.copy_(base.model.norm.weight)
+        with torch.no_grad():
+            self._borrow()
             self._level(texts)
         if config.start is not None:
             self._start_from(config.start)
@@ -70,6 +69,11 @@ class Eagle3Method:
 
     def _new_net(self) -> Eagle3Net:
         return Eagle3Net(self.shape, self.base.shape.hidden, len(self.taps), len(self.ids), self.flags)
+
+    def _borrow(self) -> None:
+        """Begin with the base's own way from a state to tokens."""
+        self.net.lm_head.weight.copy_(self.base.head_weight[self.ids])
+        self.net.norm.weight.copy_(self.base.model.norm.weight)
 
     def _level(self, texts: Rollouts) -> None:
         """Scale `fc` so that every tap starts with the same weight: streams grow from layer to layer. One that ends in
@@ -88,7 +92,7 @@ class Eagle3Method:
 
     def _start_from(self, folder: Path) -> None:
         """Take an EAGLE-3 head's weights; layers that it does not have start as the identity. Raises ``ModelError``."""
-        found, stored, ids = read_eagle3(folder)
+        found, stored, ids = self._read(folder)
         tensors = {name: to_dense(weight).float() for name, weight in stored.items()}
         own, flags = self.net.state_dict(), frozenset(name for name, on in vars(self.flags).items() if on)
         if (found.taps, found.flags) != (self.taps, flags):
@@ -99,6 +103,10 @@ class Eagle3Method:
         if wrong:
             raise ModelError(f"{folder}: {wrong[0]} has another shape than this head's", hint="give its MLP width")
         self.net.load_state_dict(tensors, strict=False)
+
+    def _read(self, folder: Path) -> tuple[Eagle3HeadConfig, dict[str, torch.Tensor], torch.Tensor | None]:
+        """A head to start from."""
+        return read_eagle3(folder)
 
     def loss(self, batch: Batch, progress: float, noise: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         """Mean loss of every draft step against the base's distribution on the draft vocabulary, discounted."""

@@ -27,9 +27,11 @@ from quantspec.calibrate.train.methods.peagle_rows import AnchoredMask, padded, 
 from quantspec.calibrate.train.net import LlamaNet
 from quantspec.calibrate.train.rollout import Batch, Rollouts
 from quantspec.calibrate.train.trainer import Guess, train
+from quantspec.drafters.eagle3_head import Eagle3Config as Eagle3HeadConfig
 from quantspec.drafters.peagle_files import PEagleConfig as PEagleHeadConfig
-from quantspec.drafters.peagle_files import save_flat
-from quantspec.errors import UsageError
+from quantspec.drafters.peagle_files import is_peagle, read_peagle, save_flat
+from quantspec.errors import ModelError, UsageError
+from quantspec.models.config import read_config
 
 Part = tuple[torch.Tensor, torch.Tensor]
 """Elements [B, R] of a batch, -1 for padding, and which of them count, bool [B, R]."""
@@ -57,8 +59,6 @@ class PEagleMethod(Eagle3Method):
             raise UsageError(f"keep {config.keep} and keep_least {config.keep_least} must be shares, keep above 0")
         self.mask_token = int(torch.bincount(texts.ids.long(), minlength=base.vocab).argmin())
         super().__init__(config, base, texts)
-        with torch.no_grad():
-            self.net.embed_tokens.weight.copy_(base.model.embed_tokens.weight)
         self.mask = AnchoredMask(int(texts.starts.diff().max()) - 1, config.depths)
 
     def _new_net(self) -> Eagle3Net:
@@ -66,6 +66,22 @@ class PEagleMethod(Eagle3Method):
             self.shape, self.base.shape.hidden, len(self.taps), len(self.ids), self.flags, self.base.vocab,
             self.mask_token,
         )  # fmt: skip
+
+    def _borrow(self) -> None:
+        super()._borrow()
+        self.net.embed_tokens.weight.copy_(self.base.model.embed_tokens.weight)
+
+    def _read(self, folder: Path) -> tuple[Eagle3HeadConfig, dict[str, torch.Tensor], torch.Tensor | None]:
+        """Either kind of head: what an EAGLE-3 head lacks begins as it does without one."""
+        if not is_peagle(read_config(folder)):
+            return super()._read(folder)
+        found, tensors, ids = read_peagle(folder)
+        if found.mask_token_id != self.mask_token:
+            raise ModelError(
+                f"{folder} masks with token {found.mask_token_id}, these texts need {self.mask_token} least",
+                hint="give the rollouts that it was trained on",
+            )
+        return found.head, tensors, ids
 
     def loss(self, batch: Batch, progress: float, noise: torch.Generator) -> tuple[torch.Tensor, Metrics]:
         """Mean loss, over the elements drawn, against the base's distribution on the draft vocabulary.
