@@ -8,6 +8,7 @@ over prompts: acceptance length per target forward (the target's own token count
 method and its quotient with that of the first, and the share of tokens on which the intermediate, given the target's
 text and noise, draws the target's token.
 Texts that loop (under 60% distinct 4-grams) are counted, named and left out; the figures with them are given too.
+A method may have settings behind colons, as in ``peagle:num_speculative_tokens=5:tree_depth=5:tree_top_k=1``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 import quantspec
+from quantspec.benchmarks.generate_config import engine_setting
 from quantspec.calibrate.stats import distinct_ngrams, quotient, ratio
 from quantspec.core.noise import Stream
 from quantspec.core.sampling import WarpChain
@@ -135,11 +137,14 @@ def load_methods(arguments: argparse.Namespace) -> dict[str, LLM]:
     }
     tree = {"tree_depth": arguments.tree_depth, "tree_top_k": arguments.tree_top_k}
     llms = {}
-    for method in arguments.methods.split(","):
+    for spec in arguments.methods.split(","):
+        method, *settings = spec.split(":")
         if method not in parts:
             raise UsageError(f"unknown method {method!r}", hint=f"one of {', '.join(parts)}")
         given = {key: value for key, value in (parts[method] | tree).items() if value is not None}
-        llms[method] = quantspec.load(arguments.model, method=method, **given)
+        llms[spec] = quantspec.load(
+            arguments.model, method=method, **given | dict(engine_setting(spec, each) for each in settings)
+        )
     return llms
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from quantspec.benchmarks.config import check_counts, check_texts
+from quantspec.engine.config import EngineConfig, did_you_mean
 from quantspec.errors import UsageError
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -86,3 +88,13 @@ class GenerateBench:
         if self.peers == NO_PEERS:
             return ()
         return self.peers or (CPU_PEERS if self.device == "cpu" else CUDA_PEERS)
+
+
+def engine_setting(spec: str, text: str) -> tuple[str, Any]:
+    """One of ``EngineConfig``'s fields and its value, of ``text`` ``KEY=VALUE`` in ``spec``. Raises ``UsageError``."""
+    key, equals, value = text.partition("=")
+    known = [one.name for one in fields(EngineConfig) if one.name not in ("model", "method", "device", "threads")]
+    if not equals or key not in known:
+        hint = did_you_mean(key, known) or "like eagle:tree_depth=4:num_speculative_tokens=12"
+        raise UsageError(f"{spec}: {text!r} is no setting with a value", hint=hint)
+    return key, int(value) if value.isdecimal() else value

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from quantspec.benchmarks.config import WIDTHS
-from quantspec.benchmarks.generate_config import COMPILED, DTYPES, GenerateBench
+from quantspec.benchmarks.generate_config import COMPILED, DTYPES, GenerateBench, engine_setting
 from quantspec.benchmarks.generate_figures import CURVE
 from quantspec.benchmarks.generate_rows import PLAIN
 from quantspec.benchmarks.peers import llama_cpp
@@ -99,20 +99,10 @@ def _ours(config: GenerateBench, spec: str, there: Sequence[Found], threads: int
         raise UsageError(f"there is no method {name!r}", hint=did_you_mean(name, known) or f"one of {', '.join(known)}")
     if found.error:
         return Contender(name=spec, kind="ours", error=found.error)
-    options = {**found.options, **dict(_setting(spec, each) for each in settings), "device": config.device}
+    options = {**found.options, **dict(engine_setting(spec, each) for each in settings), "device": config.device}
     EngineConfig(model=config.model, threads=threads, **options)  # says now what is wrong with a value
     options |= {"model": config.model, "threads": threads}
     return Contender(name=spec, kind="ours", module=OURS, options=options)
-
-
-def _setting(spec: str, text: str) -> tuple[str, Any]:
-    """One of ``EngineConfig``'s fields and its value."""
-    key, equals, value = text.partition("=")
-    known = [one.name for one in fields(EngineConfig) if one.name not in ("model", "method", "device", "threads")]
-    if not equals or key not in known:
-        hint = did_you_mean(key, known) or "like eagle:tree_depth=4:num_speculative_tokens=12"
-        raise UsageError(f"{spec}: {text!r} is no setting with a value", hint=hint)
-    return key, int(value) if value.isdecimal() else value
 
 
 def curve_of(plain: Contender) -> Contender:

@@ -12,7 +12,7 @@ from quantspec.benchmarks.shapes import SHAPES
 from quantspec.benchmarks.simulate_machines import BYTES, Machine, Pair
 from quantspec.benchmarks.simulate_rounds import FREE, DraftTime, Expected, replay, tree
 from quantspec.drafters.config import EagleOptions
-from quantspec.engine.config import HEAD_METHODS, TREE_METHODS
+from quantspec.engine.config import HEAD_METHODS
 from quantspec.engine.costs import Candidate, CostCurve, DraftCost, Profile, Trace
 from quantspec.errors import UsageError
 
@@ -125,10 +125,9 @@ def stack_of(profile: Profile, candidate: Candidate, name: str) -> Stack:
 def traced(candidate: Candidate, trace: Trace, cost: DraftCost) -> Head:
     """What was measured, at any narrower setting."""
     nodes = candidate.options["num_speculative_tokens"]
-    grows = candidate.method in TREE_METHODS
-    levels = candidate.options.get("tree_depth", EagleOptions().depth) if grows else nodes
-    reads = candidate.method in HEAD_METHODS
-    return Head(lru_cache(partial(replay, trace)), _times(cost), nodes, levels, grows, reads)
+    heads = candidate.method in HEAD_METHODS
+    levels = candidate.options.get("tree_depth", EagleOptions().depth) if heads else nodes
+    return Head(lru_cache(partial(replay, trace)), _times(cost), nodes, levels, tree=heads, reads_features=heads)
 
 
 def _times(cost: DraftCost) -> DraftTime:
@@ -173,4 +172,4 @@ def _chain_time(curve: CostCurve) -> DraftTime:
 
 
 def _one_forward(curve: CostCurve) -> DraftTime:
-    return lambda levels, nodes, batch: curve.at(nodes * batch, curve.contexts[0])
+    return lambda levels, nodes, batch: curve.at(levels * batch, curve.contexts[0])

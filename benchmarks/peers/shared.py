@@ -15,7 +15,7 @@ from quantspec.benchmarks.peers import ours
 from quantspec.benchmarks.peers.process import Contender
 from quantspec.benchmarks.peers.protocol import Answer, Answerer, Ask, serve
 from quantspec.engine.build import build, equip
-from quantspec.engine.config import TREE_METHODS, EngineConfig
+from quantspec.engine.config import HEAD_METHODS, EngineConfig
 from quantspec.engine.engine import Engine
 from quantspec.engine.llm import LLM
 from quantspec.errors import ModelError
@@ -56,7 +56,7 @@ def _engine(
     """An engine around the target, with the drafter of one in ``built`` that differs in the nodes alone."""
     if config.method == PLAIN:
         return replace(target)
-    shares = config.method in (*TREE_METHODS, "cascade")  # others are made for a number of tokens
+    shares = config.method in (*HEAD_METHODS, "cascade")  # others are made for a number of tokens
     drafter = replace(config, num_speculative_tokens=None) if shares else config
     if drafter not in built:
         assert target.tokenizer is not None, "a folder has one"

@@ -1,12 +1,12 @@
 """Medusa (arXiv 2401.10774): heads that each guess one token further ahead, all from the target's last feature.
 
 The paper's tree is fixed; here it grows best first, so that the nodes verified are those with the best products
-of probabilities (see ``tree.best_first``). Acceptance is exact: the paper's "typical acceptance" is another text.
+of probabilities (see ``tree.draft_of_rows``). Acceptance is exact: the paper's "typical acceptance" is another text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from quantspec.drafters.medusa_files import read_medusa, read_medusa_config
 from quantspec.drafters.medusa_head import MedusaHead, NativeMedusaHead
 from quantspec.drafters.target import lend
 from quantspec.drafters.tau import tau_at
-from quantspec.drafters.tree import Ranked, assemble, best_first, rerank
+from quantspec.drafters.tree import draft_of_rows
 from quantspec.errors import ModelError
 from quantspec.kernels.dispatch import NATIVE
 from quantspec.models.rotation import ResidualRotation
@@ -75,9 +75,9 @@ class Medusa:
         # While features lag (tokens came without a forward) one empty draft lets the verifier catch up.
         if state.features is None or min(depth, budget.max_nodes) < 1 or state.count != len(view.tokens) - 1:
             return EMPTY_DRAFT
-        ranked = self._ranked(self._logits(state.features[-1:], depth), view)
-        tree = best_first(ranked, depth, budget, view.stop_ids)
-        return assemble(tree, rerank(tree.log_scores, budget), self.name)
+        rows = self._logits(state.features[-1:], depth)
+        tau = tau_at(self.config.tau, view.chain.params.temperature)
+        return draft_of_rows(view, rows, budget, self.options.top_k, tau, self._ids, self.name)
 
     def _logits(self, feature: Tensor, depth: int) -> Tensor:
         """``[depth, W]`` from a feature ``[1, H]``."""
@@ -85,21 +85,6 @@ class Medusa:
             norm = self._rotation.final_norm.to(feature)
             feature = self._rotation.rotation.undo(feature) * norm
         return self._head.logits(feature, depth)[:, 0]
-
-    def _ranked(self, rows: Tensor, view: View) -> Callable[[tuple[int, ...]], Ranked]:
-        """The children of the node at the end of a path, best first: those that head ``len(path)`` names."""
-        tau = tau_at(self.config.tau, view.chain.params.temperature)
-        width = min(self.options.top_k, view.vocab_size)
-
-        def best(logits: Tensor, paths: Sequence[tuple[int, ...]]) -> list[Ranked]:
-            found = view.best(logits, paths, width, tau, self._ids)
-            return list(zip(*(each.tolist() for each in found), strict=True))
-
-        if not view.chain.stateless:
-            return lambda path: best(rows[len(path)][None], [path])[0]
-        # Without penalties only a row's position matters, not the tokens that lead to it.
-        levels = best(rows, [(0,) * level for level in range(len(rows))])
-        return lambda path: levels[len(path)]
 
     def observe(self, state: MedusaState, verdict: Verdict) -> None:
         rows = verdict.taps["norm"]

@@ -1,4 +1,5 @@
-"""The dynamic draft tree of EAGLE-2 (arXiv 2406.16858) as functions on scores, without a model.
+"""The dynamic draft tree of EAGLE-2 (arXiv 2406.16858), and the best tree over rows of logits that are all there
+already, as functions without a model.
 
 A node's log-score is the sum of ``View.scores`` along its path: the estimated log-probability that all of the path is
 accepted. No child outranks its parent, so the best nodes, with ties to the earlier one, always form a tree.
@@ -10,8 +11,14 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from typing import TYPE_CHECKING
 
 from quantspec.types import EMPTY_DRAFT, Budget, Draft
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantspec.core.drafter import View
 
 Ranked = tuple[Sequence[int], Sequence[float]]
 """Tokens that may follow a path, and their conditional log-probabilities, best first."""
@@ -97,6 +104,27 @@ def best_first(
             paths[node], children[node] = path, ranked(path)
             wait(node, 0, 2 * node + 2)
     return tree
+
+
+def draft_of_rows(
+    view: View, logits: Tensor, budget: Budget, top_k: int, tau: float, ids: Tensor | None, stage: str
+) -> Draft:
+    """The best tree where row d of ``logits [depth, W]`` says what follows any path of d tokens, ``top_k`` children to
+    a node: a path's probability is the product of its rows' (DDTree, arXiv 2604.12989). ``ids``, ``tau``: see
+    ``View.best``."""
+    width = min(top_k, view.vocab_size)
+
+    def best(rows: Tensor, paths: Sequence[Sequence[int]]) -> list[Ranked]:
+        found = view.best(rows, paths, width, tau, ids)
+        return list(zip(*(each.tolist() for each in found), strict=True))
+
+    if view.chain.stateless:  # of the tokens before a row only their number matters
+        levels = best(logits, [range(level) for level in range(len(logits))])
+        tree = best_first(lambda path: levels[len(path)], len(logits), budget, view.stop_ids)
+    else:
+        rows = logits.split(1)
+        tree = best_first(lambda path: best(rows[len(path)], [path])[0], len(logits), budget, view.stop_ids)
+    return assemble(tree, rerank(tree.log_scores, budget), stage)
 
 
 def assemble(tree: Tree, kept: Sequence[int], stage: str) -> Draft:

@@ -303,7 +303,7 @@ def _head(config: EngineConfig, model: CausalModel, notice: Callable[[str], None
     if is_peagle(raw):
         if config.method == "eagle3":
             raise ModelError(f"{config.head} is a P-EAGLE head", hint="use --method peagle, or parallel_drafting")
-        return PEagle(folder, max(config.max_nodes, 1) if config.method == "peagle" else options.depth), head_bytes
+        return PEagle(folder, options), head_bytes
     if config.method == "peagle":
         raise ModelError(f"{config.head} is no P-EAGLE head", hint=hint)
     if is_eagle3(raw):

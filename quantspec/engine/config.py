@@ -23,11 +23,8 @@ METHODS = ("none", "lookup", "draft", "eagle", "eagle3", "peagle", "medusa", "ca
 alone, ``peagle`` a P-EAGLE head alone), Medusa heads, or a head filtered by a small model; ``auto``: what ``profile``
 says is fastest, as wide as pays at each step."""
 
-TREE_METHODS = ("eagle", "eagle3", "medusa")
-"""Methods whose head grows trees below the target itself."""
-
-HEAD_METHODS = (*TREE_METHODS, "peagle")
-"""Methods whose head drafts for the target itself."""
+HEAD_METHODS = ("eagle", "eagle3", "peagle", "medusa")
+"""Methods whose head drafts for the target itself, in trees."""
 
 MODES = ("exact", "fast")
 """``exact``: a row has the same bits at any width, so text equals plain decoding. ``fast``: up to rounding only."""
@@ -56,7 +53,7 @@ VLLM_METHODS = {
 }  # fmt: skip
 
 DEFAULT_SPECULATIVE_TOKENS = {
-    "none": 0, "lookup": 8, "draft": 5, "eagle": 15, "eagle3": 15, "peagle": 5, "medusa": 15, "cascade": 10,
+    "none": 0, "lookup": 8, "draft": 5, "eagle": 15, "eagle3": 15, "peagle": 15, "medusa": 15, "cascade": 10,
 }  # fmt: skip
 
 _CASCADE, _EAGLE, _LOOKUP = CascadeOptions(), EagleOptions(), LookupOptions()
@@ -70,7 +67,7 @@ class EngineConfig:
     are names that ``models.resolve`` understands. ``method`` None takes the best one that the named parts allow, or
     that ``profile``, a file that ``quantspec tune`` wrote, says is fastest.
     ``num_speculative_tokens`` bounds the draft tokens in one target forward (None: the method's default), ``min_draft``
-    is the length at which a cascade asks its target. ``tree_*`` shape the EAGLE tree: depth in levels, children per
+    is the length at which a cascade asks its target. ``tree_*`` shape a head's tree: depth in levels, children per
     node, and (for a cascade, where the tree meets the intermediate) nodes. ``max_context`` bounds prompt and output
     below the model's own limit. ``max_batch`` sequences run at a time; more wait. ``threads`` None: every core.
     ``mode`` None: exact on a CPU, fast elsewhere. ``backend`` and ``activations`` None: the fastest that can run the

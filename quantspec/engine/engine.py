@@ -13,7 +13,7 @@ import torch
 
 from quantspec.core.drafter import Drafter, NoDrafter
 from quantspec.engine.alarm import Alarm
-from quantspec.engine.config import TREE_METHODS, EngineConfig
+from quantspec.engine.config import HEAD_METHODS, EngineConfig
 from quantspec.engine.controller import Lessons
 from quantspec.engine.planner import Outlook
 from quantspec.engine.stats import TimedVerifier
@@ -81,7 +81,7 @@ class Engine:
     _told: set[str] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
-        depth = self.config.tree_depth if self.config.method in TREE_METHODS else self.config.max_nodes
+        depth = self.config.tree_depth if self.config.method in HEAD_METHODS else self.config.max_nodes
         self.budget = Budget(self.config.max_nodes, depth)
         self._told.update(self.model.notes)  # by whoever loaded it
 

@@ -1,5 +1,6 @@
-"""P-EAGLE: tokens of a chain against a dense recomputation, one forward a round, text equal to plain decoding."""
+"""P-EAGLE: chains and trees against a dense recomputation, one forward a round, text equal to plain decoding."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from quantspec.core.noise import Stream
 from quantspec.core.sampling import WarpChain
 from quantspec.core.verify import Verifier
 from quantspec.drafters.cascade import Cascade
-from quantspec.drafters.config import CascadeOptions
+from quantspec.drafters.config import CascadeOptions, EagleOptions
 from quantspec.drafters.feature_tree import CHUNK, FeatureState
 from quantspec.drafters.peagle import PEagle
 from quantspec.types import Budget, Draft, SamplingParams, Verdict
@@ -91,8 +92,8 @@ def view_of(tokens: list[int], params: SamplingParams | None = None, stops: froz
     return View(tuple(tokens), 1, chain, chain.start(), Stream(5), stops, 20, VOCAB)
 
 
-def drafter_of(family, variant: str = "two layers", longest: int = 8) -> PEagle:
-    drafter = PEagle(family[variant], longest)
+def drafter_of(family, variant: str = "two layers", depth: int = 8, top_k: int = 1) -> PEagle:
+    drafter = PEagle(family[variant], EagleOptions(depth=depth, top_k=top_k))
     drafter.prepare(TargetParts(family["target"]))
     return drafter
 
@@ -111,7 +112,7 @@ def observe(drafter: PEagle, state: FeatureState, streams: list[Tensor]) -> None
 def propose(drafter: PEagle, state: FeatureState, view: View, budget: Budget) -> Draft:
     draft = drafter.propose([state], [view], [budget])[0]
     assert isinstance(draft, Draft)
-    assert draft.is_chain
+    assert draft.is_chain or drafter.options.top_k > 1
     return draft
 
 
@@ -136,7 +137,7 @@ def test_every_token_is_the_best_of_a_dense_recomputation(family, variant: str, 
 
 def test_a_chain_is_as_long_as_budget_and_text_allow(family) -> None:
     tokens, streams = text_and_streams(6)
-    drafter = drafter_of(family, longest=7)
+    drafter = drafter_of(family, depth=7)
     whole = propose(drafter, observed(drafter, streams), view_of(tokens), Budget(30, 30))
     assert len(whole) == 7
     for budget, count in ((Budget(3, 9), 3), (Budget(9, 2), 2), (Budget(9, 9, whole.scores[3]), 3), (Budget(0, 0), 0)):
@@ -161,6 +162,61 @@ def test_at_temperature_tokens_carry_the_noise_of_their_own_position(family, par
         expected.append(int((warped - torch.tensor(view.stream.noise(len(tokens) + depth, VOCAB))).argmax()))
         state = view.chain.advance(state, expected[-1])
     assert draft.tokens == tuple(expected)
+
+
+# --- trees ---
+
+
+def paths_of(draft: Draft) -> list[tuple[int, ...]]:
+    paths: list[tuple[int, ...]] = []
+    for token, parent in zip(draft.tokens, draft.parents, strict=True):
+        paths.append((*(paths[parent] if parent >= 0 else ()), token))
+    return paths
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9}, {"temperature": 0.9, "repetition_penalty": 1.5}])
+def test_a_tree_has_the_best_of_all_products_over_the_slots(family, params: dict) -> None:
+    """Under a penalty what a slot says depends on the tokens before it after all."""
+    depth, top_k, nodes = 4, 3, 14
+    tokens, streams = text_and_streams(7)
+    drafter, view = drafter_of(family, depth=depth, top_k=top_k), view_of(tokens, SamplingParams(**params))
+    draft = propose(drafter, observed(drafter, streams), view, Budget(nodes, 9))
+    rows, scores = expected_logits({}, streams, tokens, depth), {(): 0.0}
+    for level in range(depth):
+        for path in [each for each in scores if len(each) == level]:
+            best = view.scores(rows[level : level + 1], [path])[0].topk(top_k)
+            found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            scores |= {(*path, token): scores[path] + score for token, score in found}
+    assert len(scores) == 1 + 3 + 9 + 27 + 81
+    ranked = sorted(scores, key=lambda path: -scores[path])[1 : nodes + 1]
+    assert set(paths_of(draft)) == set(ranked)
+    # Sums in another order, in fp32, and rows divided by the penalty before.
+    assert [math.log(s) for s in draft.scores] == pytest.approx([scores[p] for p in paths_of(draft)], abs=1e-3)
+    assert not draft.is_chain
+
+
+def test_a_tree_keeps_to_its_bounds(family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes, levels, slots, children, prices, and the end of the text."""
+    tokens, streams = text_and_streams(6)
+    drafter = drafter_of(family, depth=3, top_k=3)
+    sizes = counted(drafter, monkeypatch)
+
+    def draft_of(budget: Budget, stops: frozenset[int] = frozenset()) -> Draft:
+        return propose(drafter, observed(drafter, streams), view_of(tokens, stops=stops), budget)
+
+    whole = draft_of(Budget(90, 9))
+    assert sorted(whole.depths()) == [1] * 3 + [2] * 9 + [3] * 27
+    assert {whole.parents.count(parent) for parent in whole.parents} == {3}
+    assert sorted(draft_of(Budget(90, 2)).depths()) == [1] * 3 + [2] * 9
+    assert paths_of(draft_of(Budget(2, 9))) == paths_of(whole)[:2]
+    assert paths_of(draft_of(Budget(90, 9, whole.scores[4]))) == paths_of(whole)[:4]  # a price: what is above it
+    assert not draft_of(Budget(0, 0)).tokens
+    # The prompt's 5 slots each time, and masks for levels that could be reached.
+    assert sizes == [5 + 2, 5 + 1, 5 + 1, 5 + 2]
+    stop = whole.tokens[0]
+    ended = paths_of(draft_of(Budget(90, 9), frozenset({stop})))
+    assert (stop,) in ended
+    assert not any(stop in path[:-1] for path in ended)
 
 
 # --- forwards ---
@@ -238,10 +294,11 @@ def plain(family, generate):
     return generate(family["target"], PROMPTS, PARAMS, eos=EOS).texts
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_text_is_that_of_plain_decoding(family, generate, plain, variant: str) -> None:
+@pytest.mark.parametrize(("variant", "top_k"), [*zip(VARIANTS, itertools.repeat(3)), ("two layers", 1)])
+def test_text_is_that_of_plain_decoding(family, generate, plain, variant: str, top_k: int) -> None:
     """Greedy, sampled, and with a penalty, in turn."""
-    run = generate(family["target"], PROMPTS, PARAMS, drafter_of(family, variant), budget=Budget(5, 5), eos=EOS)
+    drafter, budget = drafter_of(family, variant, top_k=top_k), Budget(5 * top_k, 5)
+    run = generate(family["target"], PROMPTS, PARAMS, drafter, budget=budget, eos=EOS)
     assert run.texts == plain
     assert 1.05 <= run.acceptance <= 3.5  # proposals are accepted, and rejected
 
@@ -253,14 +310,16 @@ def test_a_head_of_noise_changes_nothing(family, generate, plain, tmp_path: Path
         for name, tensor in peagle_tensors().items()
     }
     folder = save(tmp_path / "noise", PEAGLE_FLAT, tensors)
-    assert generate(family["target"], PROMPTS, PARAMS, PEagle(folder, 5), budget=Budget(5, 5), eos=EOS).texts == plain
+    drafter = PEagle(folder, EagleOptions(depth=5, top_k=2))
+    assert generate(family["target"], PROMPTS, PARAMS, drafter, budget=Budget(9, 5), eos=EOS).texts == plain
 
 
 @pytest.mark.parametrize("model", ["relative", "stranger"])
 def test_text_of_a_cascade_around_it_is_that_of_plain_decoding(family, generate, plain, model: str) -> None:
     prompts = 24 if model == "relative" else 6
     verifier = Verifier(family[model], stage="intermediate")
-    cascade = Cascade(PEagle(family["two layers"], 4), verifier, CascadeOptions(min_draft=5))
+    head = PEagle(family["two layers"], EagleOptions(depth=4, top_k=2))
+    cascade = Cascade(head, verifier, CascadeOptions(min_draft=5))
     run = generate(family["target"], PROMPTS[:prompts], PARAMS[:prompts], cascade, budget=Budget(10, 10), eos=EOS)
     assert run.texts == plain[:prompts]
     if model == "relative":

@@ -57,7 +57,7 @@ def test_text_is_that_of_plain_decoding(family, heads, llms: dict[str, LLM], kin
         "cascade": {"draft_model": str(family["intermediate"]), "head": heads["intermediate"], "min_draft": 4},
     }
     llm = quantspec.load(str(family["target"]), **options[kind])
-    texts, drafted = assert_plain_text(llm, llms["none"]), {"peagle": 5, "eagle": 3, "vllm": 7}
+    texts, drafted = assert_plain_text(llm, llms["none"]), {"peagle": 15, "eagle": 15, "vllm": 7}
     if kind in drafted:
         counts = [(each.stats.drafted_tokens, each.stats.target_forwards) for each in texts]
         assert all(tokens <= drafted[kind] * forwards for tokens, forwards in counts)
