@@ -112,7 +112,8 @@ def caption(profile: Profile, found: Sequence[Row]) -> str:
     return (
         f"Planned from {profile.target.widths[-1]} rows and {len(profile.target.contexts)} contexts of timed forwards, "
         "timed drafts and what the target took of the widest of them; measured: greedy text on the same prompts in "
-        "turns, least time of each step, the reading of prompts left out; in brackets 95% bootstraps over prompts. "
+        "turns, as auto runs each drafter, from the best setting on as wide as each draft is worth; least time of each "
+        "step, the reading of prompts left out; in brackets 95% bootstraps over prompts. "
         f"Median error of the plan: {median_error(found):.1%}."
     )
 
