@@ -4,7 +4,8 @@ A verifier's round emits the accepted tokens of a draft and one of its own. What
 least d of its tokens are accepted (``reach``), and the sizes of its drafts. A cascade's drafts are rounds of its
 intermediate until enough tokens stand, so its own figures follow from those of the level below, and so on upwards. The
 mechanics are those of ``drafters.cascade``: surplus behind a cut draft is kept while the target goes the same way, and
-after full acceptance the intermediate lags two tokens, so that a drafter that reads its features has none to read.
+after full acceptance the intermediate lags two tokens, so that a drafter that reads its features misses the last ones:
+on a GPU it then drafts nothing, on a CPU it guesses them.
 
 Rounds of one level count as independent; a batch's sequences too.
 """
@@ -100,7 +101,7 @@ def replay(trace: Trace, nodes: int, depth: int) -> Expected:
 
 
 class Drafting(Protocol):
-    """A drafter in expectation. ``reads_features``: it needs its verifier's states of the last token to draft."""
+    """A drafter in expectation. ``reads_features``: it drafts nothing without its verifier's states of the last token."""
 
     @property
     def expected(self) -> Expected: ...

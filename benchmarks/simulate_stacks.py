@@ -116,7 +116,7 @@ def stack_of(profile: Profile, candidate: Candidate, name: str) -> Stack:
     inner_head = None
     if inside.trace and inside.trace.steps and nodes:
         expected = lru_cache(partial(replay, inside.trace))
-        inner_head = Head(expected, _times(inside.draft), nodes, levels)
+        inner_head = Head(expected, _times(inside.draft), nodes, levels, reads_features="device" in profile.machine)
     agreement = candidate.trace.acceptance_by_position() or (0.0,)
     target = Model(profile.target, None, agreement, candidate.draft, profile.overhead)
     return Stack(name, methods, (target, Model(inside.target, inner_head)))

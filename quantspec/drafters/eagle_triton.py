@@ -57,6 +57,8 @@ class TritonEagleState(FeatureState):
 class TritonEagle(Eagle):
     """``Eagle`` for a ``TritonDecoder``. ``notice`` gets a line where trees grow on the host, or without graphs."""
 
+    _longest_lag = 0  # a draft is one graph, which begins with true features
+
     _decoder: TritonDecoder
     _network: TritonEagleHead
     _graphs: Graphs
@@ -225,14 +227,15 @@ class TritonEagle(Eagle):
         return Rows(cached, numbers, numbers.repeat(n, 1))
 
     def _expand(
-        self, state: FeatureState, tokens: Sequence[int], features: Tensor, level: int, columns: Sequence[Sequence[int]]
-    ) -> Tensor:
+        self, state: FeatureState, tokens: Sequence[int], features: Tensor, first: int, position: int,
+        columns: Sequence[Sequence[int]],
+    ) -> Tensor:  # fmt: skip
         """See ``FeatureTree._expand``."""
         assert isinstance(state, TritonEagleState)
-        seat, device, first = state.seat, self._network.device, columns[0][-1]
-        depths = torch.full((len(tokens),), level - 1, dtype=torch.int32)
-        cached, paths = torch.tensor([state.filled]), torch.tensor([list(path) for path in columns])
-        numbers = (cached + first, depths - first, cached, depths, paths)
+        seat, device, own = state.seat, self._network.device, columns[0][-1]
+        depths = torch.full((len(tokens),), position - first, dtype=torch.int32)
+        cached, paths = torch.tensor([first]), torch.tensor([list(path) for path in columns])
+        numbers = (cached + own, depths - own, cached, depths, paths)
         start, offsets, *seen = (each.to(device, torch.int32) for each in numbers)
         cache = (seat.kv, seat.cos, seat.sin)
         return self._network.forward(

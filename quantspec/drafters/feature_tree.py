@@ -7,6 +7,10 @@ output as its feature; siblings share the position.
 
 Keys and values stay only for slots that were filled from true features; those of a draft tree are written past them and
 overwritten by the next fill.
+
+In a cascade tokens come without a forward: after a draft that the target took whole, the intermediate has not yet read
+its own last token, nor the target's behind it. A slot whose feature is missing gets the output of the slot before, as a
+drafted node does, so that no forward of the intermediate has to go by without a draft.
 """
 
 from __future__ import annotations
@@ -97,6 +101,8 @@ class FeatureTree(ABC):
     name: str
     _head: Network
     _ids: Tensor | None = None
+    _longest_lag = 2
+    """Features that may be missing: each makes a guess of a guess."""
 
     def __init__(self, folder: Path | str, options: EagleOptions | None = None) -> None:
         self.folder, self.options = Path(folder), options or EagleOptions()
@@ -129,18 +135,19 @@ class FeatureTree(ABC):
         return [self._draft(*arguments) for arguments in zip(states, views, budgets, strict=True)]
 
     def _room(self, state: FeatureState, view: View, budget: Budget) -> int:
-        """How deep a draft may be: 0 for none. While features lag (tokens came without a forward) one empty draft lets
-        the verifier catch up."""
-        depth = min(self.options.depth, budget.max_depth, view.remaining - 1)
-        return depth if min(depth, budget.max_nodes) >= 1 and state.count == len(view.tokens) - 1 else 0
+        """How deep a draft may be: 0 for none. Where too many features are missing an empty draft lets the verifier
+        catch up."""
+        depth, lag = min(self.options.depth, budget.max_depth, view.remaining - 1), len(view.tokens) - 1 - state.count
+        return depth if min(depth, budget.max_nodes, state.count) >= 1 and lag <= self._longest_lag else 0
 
     def _draft(self, state: FeatureState, view: View, budget: Budget) -> Proposal:
         depth = self._room(state, view, budget)
         if not depth:
             return EMPTY_DRAFT
         tau, width = self._tau(view.chain.params.temperature), min(self.options.top_k, view.vocab_size)
-        outputs, nodes, tree, mass = self._fill(state, view.tokens), [-1], Tree(), 1.0
-        # Of every expanded node: the tokens that lead to it, and the slots past the filled ones that it attends.
+        outputs = self._bridge(state, view.tokens, self._fill(state, view.tokens))
+        nodes, tree, mass, root = [-1], Tree(), 1.0, len(view.tokens) - 1
+        # Of every expanded node: the tokens that lead to it, and the slots from the root's on that it attends.
         paths: dict[int, tuple[int, ...]] = {-1: ()}
         columns: dict[int, tuple[int, ...]] = {-1: ()}
         for level in range(1, depth + 1):
@@ -162,7 +169,8 @@ class FeatureTree(ABC):
                 columns[node] = (*columns[parent], len(columns) - 1)
             features = outputs[torch.tensor([row[parent] for parent in parents], device=outputs.device)]
             tokens = [tree.tokens[node] for node in grown]
-            outputs, nodes = self._expand(state, tokens, features, level, [columns[node] for node in grown]), grown
+            seen = [columns[node] for node in grown]
+            outputs, nodes = self._expand(state, tokens, features, root, root + level - 1, seen), grown
         return assemble(tree, rerank(tree.log_scores, budget), self.name)
 
     def _fill(self, state: FeatureState, tokens: Sequence[int]) -> Tensor:
@@ -183,22 +191,29 @@ class FeatureTree(ABC):
         state.filled = state.count
         return outputs[-1:]
 
+    def _bridge(self, state: FeatureState, tokens: Sequence[int], outputs: Tensor) -> Tensor:
+        """The output ``[1, width]`` of the last slot, past slots whose features are missing, given that of the last
+        one that was filled."""
+        for slot in range(state.count, len(tokens) - 1):
+            outputs = self._expand(state, tokens[slot + 1 : slot + 2], outputs, slot, slot, [(0,)])
+        return outputs
+
     def _expand(
-        self, state: FeatureState, tokens: Sequence[int], features: Tensor, level: int, columns: Sequence[Sequence[int]]
-    ) -> Tensor:
-        """Outputs ``[m, width]`` of tree nodes at depth ``level`` (from 1), given those of their parents. ``columns``
-        are the slots past the filled ones that each attends, its own, the newest, last."""
+        self, state: FeatureState, tokens: Sequence[int], features: Tensor, first: int, position: int,
+        columns: Sequence[Sequence[int]],
+    ) -> Tensor:  # fmt: skip
+        """Outputs ``[m, width]`` of nodes at one ``position``, given those of their parents. All attend the slots before
+        ``first``; ``columns`` are those from there on that each attends, its own, the newest, last."""
         width = columns[-1][-1] + 1
         bias = np.full((len(tokens), width), -np.inf, np.float32)
         for row, seen in zip(bias, columns, strict=True):
             row[list(seen)] = 0.0
-        position = state.filled + level - 1
         return self._head.forward(
             features,
             self._embed(tokens),
             slice(position, position + 1),
             state.kv,
-            state.filled + width - len(tokens),
+            first + width - len(tokens),
             torch.from_numpy(bias).to(state.kv),
         )
 

@@ -27,6 +27,7 @@ class PEagle(Eagle3):
 
     name = "peagle"
     _kind = "P-EAGLE head"
+    _longest_lag = 0  # a slot without its feature reads the mask, and so would those after it
 
     def _read_config(self) -> Eagle3Config:
         config = read_peagle_config(self.folder)

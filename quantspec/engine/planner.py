@@ -127,11 +127,10 @@ def _levels(step: Step, budget: Budget) -> int:
 
 def _cascade(costs: Costs, trace: Trace, inner: Inner, options: Mapping[str, int], context: int) -> Speed:
     """A walk over the inner and the outer trace side by side: rounds of the intermediate until ``min_draft`` tokens
-    stand, then the target. What is past a draft that is accepted whole is kept; without such tokens the intermediate
-    lags by two, and takes one step with an empty draft."""
+    stand, then the target. What is past a draft that is accepted whole is kept."""
     room, goal = options["num_speculative_tokens"], min(options["min_draft"], options["num_speculative_tokens"])
     gains, seconds_of_round = _rounds(inner, options, context, costs.batch)
-    alone, gain = inner.target.at(costs.batch, context), cycle(gains)
+    gain = cycle(gains)
     tokens = seconds = 0.0
     have = 0
     for step in trace.steps:
@@ -143,10 +142,7 @@ def _cascade(costs: Costs, trace: Trace, inner: Inner, options: Mapping[str, int
         accepted = sum(step.accepted[node] for node in kept)
         tokens += 1 + accepted
         seconds += costs.step(len(kept), 0)
-        whole = accepted == length
-        have = max(have - length - 1, 0) if whole else 0
-        if whole and not have:
-            have, seconds = 1, seconds + alone
+        have = max(have - length - 1, 0) if accepted == length else 0
     count = max(len(trace.steps), 1)
     return Speed(tokens / count, seconds / count, costs.batch)
 

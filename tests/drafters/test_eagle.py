@@ -247,11 +247,35 @@ def test_the_last_slot_pairs_the_last_token_with_the_feature_before_it(tmp_path:
 # --- the protocol -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("missing", [1, 2])
+def test_features_that_are_missing_are_guessed(family, missing: int) -> None:
+    """Each is the output of the slot before it; once the true ones are there nothing is left of the guesses."""
+    tokens, features = text_and_features(9)
+    count = len(features) - missing
+    drafter, view = eagle(family), view_of(tokens)
+    state = observed(drafter, features[:count])
+    draft = propose(drafter, state, view, Budget(8, 8))
+    guessed = features[:count]
+    for known in range(count, len(features)):
+        bare = observed(drafter, guessed)
+        with torch.inference_mode():
+            guessed = torch.cat((guessed, drafter._fill(bare, tokens[: known + 1])))
+    expected = propose(drafter, observed(drafter, guessed), view, Budget(8, 8))
+    assert (draft.tokens, draft.parents) == (expected.tokens, expected.parents)
+    assert draft.scores == pytest.approx(expected.scores, rel=1e-4)  # fp32 forwards of other widths
+    true = propose(drafter, observed(drafter, features), view, Budget(8, 8))
+    assert draft.scores != pytest.approx(true.scores, rel=1e-4)
+    drafter.observe(state, Verdict((), (), 0, (0,), (), taps={"norm": features[count:]}))
+    caught_up = propose(drafter, state, view, Budget(8, 8))
+    assert (caught_up.tokens, caught_up.parents) == (true.tokens, true.parents)
+    assert caught_up.scores == pytest.approx(true.scores, rel=1e-4)
+
+
 def test_without_the_features_of_the_text_so_far_nothing_is_proposed(family) -> None:
     tokens, features = text_and_features(6)
     drafter = eagle(family)
     state = observed(drafter, features[:4])
-    assert propose(drafter, state, view_of(tokens), Budget(8, 8)) is EMPTY_DRAFT  # a lag of two
+    assert propose(drafter, state, view_of([*tokens, 7, 8]), Budget(8, 8)) is EMPTY_DRAFT  # three are missing
     drafter.observe(state, Verdict((), (), 0, (0,), (), taps={"norm": features[4:]}))
     assert len(propose(drafter, state, view_of(tokens), Budget(8, 8))) == 8
     drafter.truncate(state, 4)  # two tokens came back and one was put in their place

@@ -72,7 +72,12 @@ def profile(family: dict[str, Path], parts: dict[str, dict[str, str]], llms: dic
         cheap = DraftCost(per_level=2e-5)
         candidates = tuple(
             Candidate(
-                method, parts[method], options, cheap, GOOD, Inner(SMALL, cheap, GOOD) if method == "cascade" else None,
+                method,
+                parts[method],
+                options,
+                cheap,
+                GOOD,
+                Inner(SMALL, cheap, GOOD) if method == "cascade" else None,
                 weights={part: fingerprint(Path(folder)) for part, folder in parts[method].items()},
             )
             for method, options in WIDEST.items()
