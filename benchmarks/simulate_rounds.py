@@ -101,7 +101,7 @@ def replay(trace: Trace, nodes: int, depth: int) -> Expected:
 
 
 class Drafting(Protocol):
-    """A drafter in expectation. ``reads_features``: it drafts nothing without its verifier's states of the last token."""
+    """A drafter in expectation. ``reads_features``: it needs its verifier's states of the last token to draft at all."""
 
     @property
     def expected(self) -> Expected: ...

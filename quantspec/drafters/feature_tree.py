@@ -202,8 +202,8 @@ class FeatureTree(ABC):
         self, state: FeatureState, tokens: Sequence[int], features: Tensor, first: int, position: int,
         columns: Sequence[Sequence[int]],
     ) -> Tensor:  # fmt: skip
-        """Outputs ``[m, width]`` of nodes at one ``position``, given those of their parents. All attend the slots before
-        ``first``; ``columns`` are those from there on that each attends, its own, the newest, last."""
+        """Outputs ``[m, width]`` of nodes at one ``position``, given those of their parents. All attend the slots
+        before ``first``; ``columns`` are those from there on that each attends, its own, the newest, last."""
         width = columns[-1][-1] + 1
         bias = np.full((len(tokens), width), -np.inf, np.float32)
         for row, seen in zip(bias, columns, strict=True):
