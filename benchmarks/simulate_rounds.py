@@ -101,7 +101,7 @@ def replay(trace: Trace, nodes: int, depth: int) -> Expected:
 
 
 class Drafting(Protocol):
-    """A drafter in expectation. ``reads_features``: it needs its verifier's states of the last token to draft at all."""
+    """A drafter in expectation; one that ``reads_features`` needs its verifier's states of the last token to draft."""
 
     @property
     def expected(self) -> Expected: ...
