@@ -21,6 +21,8 @@ from quantspec.errors import QuantSpecError
 
 _AFTER = 2  # steps in which target and drafter read the prompt: they are paid once, not by the token
 _ROUNDS = 4
+_HORIZON = 512
+"""New tokens of a text that the race's short ones stand for: in one of these few, reading the prompt may not pay."""
 _HOPELESS, _UNPLANNED = 0.6, 0.8
 """What gave so little of the fastest one's speed on the first prompts, and was planned to give so little of the best
 plan's, does not run on the others. One of the two alone may be a disturbance, or a mistake."""
@@ -116,7 +118,7 @@ class Race:
     def _one(self, number: int, at: int, prompt: Sequence[int], new_tokens: int, keep: Callable[[Run], None]) -> None:
         self._bench.notices.clear()
         engine, setting = self._engines[number], self._settings[number]
-        steps = watch(engine, prompt, new_tokens)[_AFTER:]
+        steps = watch(engine, prompt, new_tokens, horizon=_HORIZON)[_AFTER:]
         failure = self._bench.failure(engine, setting)
         if failure:
             self.failures[number] = failure

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+from quantspec.engine.controller import Controller
 from quantspec.engine.costs import Step
 from quantspec.engine.engine import Engine
 from quantspec.engine.generate import advance
@@ -43,6 +44,7 @@ class _Request(Request):
 
     budgets: Iterator[Budget] | None = None
     asked: Budget
+    _controller: Controller | None
     verdict: Verdict
 
     def budget(self, batch: int = 1) -> Budget:
@@ -62,9 +64,14 @@ def watch(
     new_tokens: int,
     budgets: Iterator[Budget] | None = None,
     before: Callable[[], None] = lambda: None,
+    horizon: int | None = None,
 ) -> list[Watched]:
-    """Generate greedily; the first step, which reads the prompt, comes first. ``before`` is called before each step."""
+    """Generate greedily; the first step, which reads the prompt, comes first. ``before`` is called before each step.
+    What is decided by the length of the text, such as whether the drafter should read the prompt at all, is decided as
+    for one of ``horizon`` new tokens."""
     request = _Request(engine, prompt, SamplingParams(max_new_tokens=new_tokens), seed=0)
+    if engine.outlook and horizon:
+        request._controller = Controller(engine.outlook, engine.lessons, len(prompt), horizon)
     request.budgets = budgets
     request.open()
     steps: list[Watched] = []
