@@ -10,7 +10,7 @@ account allows; one that pays turns drafting on again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantspec.engine.planner import Costs, Outlook, Speed
 from quantspec.types import Budget, Verdict
@@ -35,10 +35,12 @@ _PLAIN = Budget(max_nodes=0, max_depth=0)
 @dataclass(slots=True)
 class Lessons:
     """What the sequences of one engine share: ``pace``, measured over predicted seconds of a verification; ``scale``,
-    the same of drafts, over ``pace``; and how many texts in a row lost by drafting."""
+    the same of drafts, over ``pace``, and of a drafter's ``reading`` of a text; and how many texts in a row lost by
+    drafting."""
 
     pace: float = 1.0
     scale: float = 1.0
+    reading: float = 1.0
     strikes: int = 0
 
     def time(self, verify: float, draft: float | None) -> None:
@@ -46,6 +48,10 @@ class Lessons:
         self.pace += (1 - _RECENT) * (min(verify, _OUTLIER * self.pace) - self.pace)
         if draft is not None:
             self.scale += (1 - _RECENT) * (min(draft / self.pace, _OUTLIER * self.scale) - self.scale)
+
+    def read(self, ratio: float) -> None:
+        """Learn from the measured over the predicted seconds in which a drafter read a text: there are few of those."""
+        self.reading += 0.5 * (min(max(ratio, 1 / _OUTLIER), _OUTLIER) - self.reading)
 
 
 class Tally:
@@ -125,12 +131,13 @@ class Controller:
         self._longest_wait = _LONGEST_WAIT
         self._recent = Tally(_RECENT, _WEIGHT, outlook.speed)
         self._speed = Tally(_DECAY, _WEIGHT, outlook.speed)
-        self._costs_of: tuple[int, int, float] | None = None
+        self._costs_of: tuple[int, int, float, float] | None = None
         self._costs = self._look(prompt_tokens, 1)
         reading = self._costs.draft.prefill_per_token * prompt_tokens
         gain = new_tokens * (1 / self._costs.plain.rate - 1 / outlook.speed.rate)
         self.on = gain > reading and lessons.strikes < STRIKES
         self._unread = 0 if self.on else prompt_tokens  # once it is to be read, that is no loss
+        self._behind = prompt_tokens  # tokens that the drafter has not read, lost or not
         self._lost_before, self._drafted = 0.0, False
 
     def budget(self, context: int, batch: int = 1) -> Budget:
@@ -147,6 +154,7 @@ class Controller:
         self._acceptance.fade()
         if not asked.max_nodes:
             self._unread += 0 if self.on else emitted
+            self._behind += emitted
             self.lessons.time(verify_seconds / self._costs.verify[0], None)
             return False
         self._acceptance.count(verdict)
@@ -176,11 +184,13 @@ class Controller:
 
     def _look(self, context: int, batch: int) -> Costs:
         """Costs at that context and batch, those of drafts as they turn out here."""
-        key, outlook = (context // _BUCKET, batch, round(self.lessons.scale, 1)), self.outlook
+        lessons, outlook = self.lessons, self.outlook
+        key = (context // _BUCKET, batch, round(lessons.scale, 1), round(lessons.reading, 1))
         if key == self._costs_of:
             return self._costs
         self._costs_of = key
-        draft = outlook.draft.times(self.lessons.scale)
+        reading = outlook.draft.prefill_per_token * lessons.reading
+        draft = replace(outlook.draft.times(lessons.scale), prefill_per_token=reading)
         return Costs.of(outlook.target, draft, outlook.overhead, outlook.nodes, context, batch)
 
     def _width(self) -> Budget:
@@ -225,11 +235,14 @@ class Controller:
         catching_up = self._unread > _FIRST_WAIT or not self._drafted
         if catching_up:
             lessons.time(verify_seconds / verify, None)
+            predicted = costs.batch * self.outlook.draft.prefill_per_token * self._behind
+            if predicted and self._behind >= _BUCKET:
+                lessons.read((draft_seconds / lessons.pace - expected) / predicted)
             draft = expected
         else:
             lessons.time(verify_seconds / verify, draft_seconds * lessons.scale / expected if expected else None)
             draft = min(draft_seconds / lessons.pace, _OUTLIER * max(expected, costs.verify[0]))
-        self._unread, self._drafted = 0, True
+        self._unread, self._behind, self._drafted = 0, 0, True
         return verify + costs.overhead + draft
 
     def _judge_probe(self, verdict: Verdict, pays: bool) -> None:

@@ -136,6 +136,25 @@ def test_a_drafter_that_pays_for_nothing_but_its_prompt_is_not_begun() -> None:
     assert not Controller(outlook(rate=0.05), Lessons(), 20, 256).on, "the profile itself says that it does not pay"
 
 
+def test_what_reading_takes_is_learned_from_texts_that_were_read() -> None:
+    """A quarter of what the profile says: prompts that were too long are read then, and slow drafts change nothing."""
+    known, lessons = outlook(DraftCost(prefill_per_token=0.5, per_level=0.08)), Lessons()
+    gain = 256 * (1 / Costs.of(CPU, known.draft, 0.02, 8, 0).plain.rate - 1 / known.speed.rate)
+    prompt = round(1.3 * gain / 0.5)
+    assert prompt > 100
+    assert not Controller(known, lessons, prompt, 256).on
+    for seed in range(4):
+        world, controller = World(known, always(0.75), seed=seed), Controller(known, lessons, 400, 2000)
+        world.unread = 100  # it takes as long as a quarter of the prompt should
+        world.run(controller, 200)
+        controller.close()
+    assert lessons.reading == pytest.approx(0.25, abs=0.07)  # halfway there each time
+    assert Controller(known, lessons, prompt, 256).on
+    for _ in range(60):
+        lessons.time(1.0, 3.0)
+    assert Controller(known, lessons, prompt, 256).on
+
+
 def test_texts_that_lose_one_after_the_other_cost_ever_less() -> None:
     lessons, drafts = Lessons(), []
     for seed in range(STRIKES + 2):
