@@ -171,7 +171,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    prompts, llms = questions(options.prompts, options.limit), load_methods(options)
+    try:
+        prompts, llms = questions(options.prompts, options.limit), load_methods(options)
+    except UsageError as error:
+        parser().error(f"{error}. hint: {error.hint}" if error.hint else str(error))
     intermediate = load_model(options.draft_model or "default/intermediate-w4")
     report: dict[str, Any] = {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens}
     for setting, sampling in SETTINGS.items():

@@ -44,7 +44,6 @@ class _Request(Request):
 
     budgets: Iterator[Budget] | None = None
     asked: Budget
-    _controller: Controller | None
     verdict: Verdict
 
     def budget(self, batch: int = 1) -> Budget:

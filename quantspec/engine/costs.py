@@ -102,8 +102,9 @@ def _between(points: tuple[int, ...], values: list[float], at: int) -> float:
 class DraftCost(Record):
     """Seconds of one draft: ``fixed + levels * per_level + nodes * per_node``; and ``prefill_per_token``, once.
 
-    A level is one step of a draft model, or one forward of a head that grows a tree; heads that draft in one forward
-    and prompt lookup have ``fixed`` alone. Of a cascade these are what comes on top of its inner rounds.
+    A level is one step of a draft model, one forward of a head that grows a tree, or one more slot of a P-EAGLE head's
+    only forward; Medusa heads and prompt lookup have ``fixed`` alone. Of a cascade these are what comes on top of its
+    inner rounds.
     """
 
     prefill_per_token: float = 0.0
