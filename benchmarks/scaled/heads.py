@@ -33,7 +33,7 @@ from quantspec.drafters.eagle3_head import Eagle3Config, Eagle3Head
 from quantspec.drafters.eagle_head import DRAFT_IDS, LM_HEAD, read_head
 from quantspec.drafters.head_tensors import Matrix, stored
 from quantspec.drafters.medusa_files import is_medusa, read_medusa
-from quantspec.drafters.peagle_files import MASK, is_peagle, read_peagle
+from quantspec.drafters.peagle_files import MASK, PEagleConfig, is_peagle, read_peagle
 from quantspec.errors import ModelError, UsageError
 from quantspec.models import atomic
 from quantspec.models.config import ModelConfig, read_config
@@ -143,13 +143,27 @@ class HeadWriter:
     def _peagle(self) -> None:
         config, tensors, ids = read_peagle(self.folder)
         mask, own = tensors.pop(MASK), tensors.pop("embed_tokens.weight")
+        path = {name: tensors.pop(name) for name in config.path_shapes()}
         self._streams(config.head, tensors, ids)
         stream, large = self.stream, self.base.stream
         masked = large.vector(mask.view(-1, stream.size))
         masked[-1, stream.constant] = self.base.small.constant
         table = torch.zeros(self.base.shape.vocab, stream.wide, dtype=own.dtype)
         table[: len(own), : stream.size] = own
-        self._tensors |= {MASK: masked.view(1, 1, -1), "embed_tokens.weight": table}
+        self._tensors |= {MASK: masked.view(1, 1, -1), "embed_tokens.weight": table, **self._path(config, path)}
+
+    def _path(self, config: PEagleConfig, path: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A path network of the same rank, which reads outputs and embeddings where they stand in wide rows."""
+        wide, columns = self.stream.wide, torch.cat((self.stream.real, self.stream.wide + self.stream.real))
+        shapes = {LM_HEAD: (self.rows, config.path_rank)}
+        shapes |= {f"{name}_proj.weight": (2 * config.path_rank, 2 * wide) for name in ("gate", "up")}
+        scaled = {}
+        for name, tensor in path.items():
+            shape = shapes.get(name.removeprefix("path."), tuple(tensor.shape))
+            places = columns if shape[1] > tensor.shape[1] else torch.arange(shape[1])
+            scaled[name] = tensor.new_zeros(shape)
+            scaled[name][: len(tensor), places] = tensor
+        return scaled
 
     def _streams(self, config: Eagle3Config, tensors: Mapping[str, Tensor], ids: Tensor | None) -> None:
         """EAGLE-3's tensors.

@@ -129,9 +129,10 @@ class PEagleExport(Eagle3Export):
         return "SGLang does not run P-EAGLE heads" if self.engine == "sglang" else ""
 
     def write(self, out: Path, on_shard: object = None) -> None:
-        """All files but the manifest, as of an EAGLE-3 head."""
+        """All files but the manifest, as of an EAGLE-3 head. No engine knows path networks: they stay behind."""
         config, tensors, ids = peagle_files.read_peagle(self.folder)
-        config, dense = replace(config, head=self._named(config.head)), in_one_dtype(tensors)
+        config, dense = config.without_path(in_one_dtype(tensors))
+        config = replace(config, head=self._named(config.head))
         if self.form == "flat":
             peagle_files.save_flat(out, config, dense, ids)
         else:

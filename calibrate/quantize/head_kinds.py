@@ -54,6 +54,10 @@ class Head(Protocol):
     def lm_head(self) -> nn.Linear | None:
         """The one LM head whose rows may be dropped."""
 
+    @property
+    def companions(self) -> list[str]:
+        """Tensors of the net that have a row for each of that LM head's, and lose the same ones."""
+
     def names(self, stored: list[str]) -> dict[str, str]:
         """Names of its net's tensors to those in the folder that has ``stored``."""
 
@@ -98,6 +102,10 @@ class _OneLmHead:
     @property
     def lm_stages(self) -> list[tuple[str, ...]]:
         return [] if self.lm_head is None else [(_HEAD,)]
+
+    @property
+    def companions(self) -> list[str]:
+        return []
 
     def names(self, stored: list[str]) -> dict[str, str]:
         return {canonical(name): name for name in stored}
@@ -187,8 +195,13 @@ class PEagle(Eagle3):
 
     def _read(self, folder: Path) -> tuple[Eagle3Config, dict[str, Tensor], Tensor | None]:
         config, tensors, ids = read_peagle(folder)
-        self._mask_token = config.mask_token_id
+        self._mask_token, self._rank = config.mask_token_id, config.path_rank
         return config.head, tensors, ids
+
+    @property
+    def companions(self) -> list[str]:
+        """Its path network stays as it is but for them: it is small, and has rows read singly."""
+        return ["path.lm_head.weight"] if self._rank else []
 
     def _own_embedding(self, tensors: dict[str, Tensor]) -> None:
         """It is the net's."""
@@ -198,7 +211,7 @@ class PEagle(Eagle3):
         flags = Flags(**dict.fromkeys(config.flags, True))
         return PEagleNet(
             shape, config.target_hidden_size, config.streams, config.draft_vocab_size, flags, self.vocab,
-            self._mask_token,
+            self._mask_token, self._rank,
         )  # fmt: skip
 
     def inputs(self, base: LlamaNet, ids: Tensor) -> list[Tensor]:
@@ -218,6 +231,7 @@ class Medusa:
     lm_head: nn.Linear | None = None
 
     def __init__(self, folder: Path) -> None:
+        self.companions = list[str]()
         self.config, tensors, _ = read_medusa(folder)
         config = self.config
         self.width, self.vocab = config.hidden_size, config.vocab_size

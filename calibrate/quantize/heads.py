@@ -64,6 +64,8 @@ class _Run:
             self._note(note)
         self.head: Head = open_head(config.model, self.raw)
         self.names: dict[str, str] = {}
+        self.rows: Tensor | None = None
+        """Those that its vocabulary keeps, if some are dropped."""
         self.base = self._base()
         self.text = self._text()
         self._settle_lm_head()
@@ -135,7 +137,7 @@ class _Run:
             f"{len(rows)} of {len(ids)} tokens can be drafted, which are "
             f"{float(counts[rows].sum() / counts.sum().clamp(min=1)):.2%} of the text"
         )
-        head.ids = ids[rows]
+        head.ids, self.rows = ids[rows], rows
         lm_head.weight = nn.Parameter(lm_head.weight[rows.to(lm_head.weight.device)], requires_grad=False)
 
     def _method(self) -> str:
@@ -209,6 +211,8 @@ class _Run:
         if lm_head is not None and HEAD_MODULE not in quantized:
             kept = getattr(torch, self._dtype())
             tensors[f"{HEAD_MODULE}.weight"] = lm_head.weight.detach().to("cpu", kept)
+        if self.rows is not None:
+            tensors |= {name: tensors[name][self.rows] for name in head.companions}
         if head.ids is not None:
             tensors |= {"d2t": offsets(head.ids), "t2d": membership(head.ids, head.vocab)}
         for module, parts in quantized.items():

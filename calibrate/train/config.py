@@ -258,6 +258,9 @@ class PEagleConfig(Eagle3Config):
     """Share of the slots of each depth that the next one keeps."""
     keep_least: float = 0.2
     """Share of all slots that every depth keeps at least."""
+    path_rank: int = 0
+    """Rank of what corrects a slot's logits by the token drafted before it, once all slots are there; 0: nothing does,
+    as in the paper."""
     partitions: int = 1
     """Parts that texts are learned in, one after the other: more take less memory, and the gradient is the same."""
 

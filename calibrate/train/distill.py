@@ -71,7 +71,7 @@ def straight_through(net: nn.Module, scheme: Scheme) -> dict[str, torch.Tensor]:
     return {
         name: p + (fake_quantize(p, scheme) - p).detach()
         for name, p in net.named_parameters()
-        if p.dim() == 2 and "embed_tokens" not in name
+        if p.dim() == 2 and "embed_tokens" not in name and not name.startswith("path.")
     }
 
 

@@ -92,12 +92,13 @@ class Eagle3Head:
         self._norms = {name: each.to(device, dtype) for name, each in tensors.items() if "norm" in name}
         own = tensors.get("embed_tokens.weight")
         self.embed_weight = None if own is None else own.to(device, dtype)
-        self._fc, self._lm_head = (self._linear(stored(tensors, name)) for name in ("fc.weight", "lm_head.weight"))
+        self._fc, self._lm_head = (self.linear(stored(tensors, name)) for name in ("fc.weight", "lm_head.weight"))
         self._layers = [
             self._layer(i, fuse_layer(config.model, tensors, f"layers.{i}.")) for i in range(config.model.num_layers)
         ]
 
-    def _linear(self, weight: Matrix) -> Callable[[Tensor], Tensor]:
+    def linear(self, weight: Matrix) -> Callable[[Tensor], Tensor]:
+        """Products ``[n, K] -> [n, N]`` with a weight ``[N, K]``."""
         held = to_dense(weight).to(self._device, self._dtype)
         return lambda x: F.linear(x, held)
 
@@ -144,9 +145,13 @@ class Eagle3Head:
             x = layer(x, embeddings, cos, sin, own, start, bias)
         return self._norm(x, "norm") if "norm_output" in self.config.flags else x
 
+    def normed(self, outputs: Tensor) -> Tensor:
+        """What the LM head reads ``[m, width]``, of outputs ``[m, width]``."""
+        return outputs if "norm_output" in self.config.flags else self._norm(outputs, "norm")
+
     def logits(self, outputs: Tensor) -> Tensor:
         """``[m, draft_vocab_size]`` from outputs ``[m, width]``."""
-        return self._lm_head(outputs if "norm_output" in self.config.flags else self._norm(outputs, "norm"))
+        return self._lm_head(self.normed(outputs))
 
 
 class NativeEagle3Head(Eagle3Head):
@@ -154,7 +159,7 @@ class NativeEagle3Head(Eagle3Head):
 
     _integer = False
 
-    def _linear(self, weight: Matrix) -> Callable[[Tensor], Tensor]:
+    def linear(self, weight: Matrix) -> Callable[[Tensor], Tensor]:
         return pack_any(weight, integer=self._integer)
 
     def _layer(self, i: int, weights: Weights) -> Layer:

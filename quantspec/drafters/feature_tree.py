@@ -15,7 +15,6 @@ drafted node does, so that no forward of the intermediate has to go by without a
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from quantspec.core.drafter import View
 from quantspec.drafters.config import EagleOptions
-from quantspec.drafters.tree import Tree, assemble, frontier, promising, rerank
+from quantspec.drafters.tree import Level, Rows, grow
 from quantspec.types import EMPTY_DRAFT, Budget, Needs, Proposal, Tap, Verdict
 
 CHUNK = 256
@@ -144,34 +143,22 @@ class FeatureTree(ABC):
         depth = self._room(state, view, budget)
         if not depth:
             return EMPTY_DRAFT
-        tau, width = self._tau(view.chain.params.temperature), min(self.options.top_k, view.vocab_size)
         outputs = self._bridge(state, view.tokens, self._fill(state, view.tokens))
-        nodes, tree, mass, root = [-1], Tree(), 1.0, len(view.tokens) - 1
-        # Of every expanded node: the tokens that lead to it, and the slots from the root's on that it attends.
-        paths: dict[int, tuple[int, ...]] = {-1: ()}
+        root = len(view.tokens) - 1
         columns: dict[int, tuple[int, ...]] = {-1: ()}
-        for level in range(1, depth + 1):
-            best = view.best(self._logits(outputs), [paths[node] for node in nodes], width, tau, self._ids)
-            start = len(tree)
-            for node, tokens, scores in zip(nodes, *(rows.tolist() for rows in best), strict=True):
-                tree.expand(node, tokens, scores)
-            if level == depth:
-                break
-            kept = promising(tree.log_scores, budget)
-            grown = frontier(tree, start, kept, self.options.top_k, view.stop_ids)
-            above, mass = mass, sum(math.exp(tree.log_scores[node]) for node in grown)
-            if mass * mass <= budget.level_price * above:  # what the next level promises, if it keeps as much as this
-                break
-            row = {node: i for i, node in enumerate(nodes)}
-            parents = [tree.parents[node] for node in grown]
-            for node, parent in zip(grown, parents, strict=True):
-                paths[node] = (*paths[parent], tree.tokens[node])
+        """Of every expanded node, the slots from the root's on that it attends."""
+
+        def deeper(level: Level) -> Rows:
+            nonlocal outputs
+            for node, parent in zip(level.nodes, level.parents, strict=True):
                 columns[node] = (*columns[parent], len(columns) - 1)
-            features = outputs[torch.tensor([row[parent] for parent in parents], device=outputs.device)]
-            tokens = [tree.tokens[node] for node in grown]
-            seen = [columns[node] for node in grown]
-            outputs, nodes = self._expand(state, tokens, features, root, root + level - 1, seen), grown
-        return assemble(tree, rerank(tree.log_scores, budget), self.name)
+            features = outputs[torch.tensor(level.rows, device=outputs.device)]
+            seen = [columns[node] for node in level.nodes]
+            outputs = self._expand(state, level.tokens, features, root, root + level.number - 1, seen)
+            return Rows(self._logits(outputs), self._ids)
+
+        first, tau = Rows(self._logits(outputs), self._ids), self._tau(view.chain.params.temperature)
+        return grow(view, budget, depth, self.options.top_k, tau, self.name, first, deeper)
 
     def _fill(self, state: FeatureState, tokens: Sequence[int]) -> Tensor:
         """Fill all slots with a true feature; the last one's output ``[1, width]`` (made again if it was full)."""

@@ -4,6 +4,9 @@ The last slot with a true feature says the first token, as in EAGLE-3. Behind it
 learned feature and one learned token, at rising positions, and say those after it: what a slot puts out does not depend
 on the tokens drafted before it. The paper drafts the chain of each slot's best token; here a tree grows, of the paths
 with the best products over the slots (see ``tree.draft_of_rows``), of which ``top_k`` 1 leaves that chain.
+
+A head with a path network (``peagle_path``) grows its tree level by level, as EAGLE-2 does, since what a slot says is
+corrected by the token before it. It is still one forward of the layers and of the LM head.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from quantspec.drafters.eagle3 import Eagle3
 from quantspec.drafters.eagle3_head import Eagle3Config
 from quantspec.drafters.feature_tree import CHUNK, FeatureState
 from quantspec.drafters.peagle_files import MASK, read_peagle, read_peagle_config
-from quantspec.drafters.tree import draft_of_rows
+from quantspec.drafters.peagle_path import PathNetwork
+from quantspec.drafters.tree import Level, Rows, draft_of_rows, grow
 from quantspec.types import EMPTY_DRAFT, Budget, Proposal
 
 
@@ -37,6 +41,7 @@ class PEagle(Eagle3):
     def _read(self) -> tuple[Eagle3Config, dict[str, Tensor], Tensor | None]:
         config, tensors, ids = read_peagle(self.folder)
         self._mask = tensors.pop(MASK).view(1, -1)
+        self._path_tensors = {name: tensors.pop(name) for name in config.path_shapes()}
         return config.head, tensors, ids
 
     def prepare(self, parts: TargetParts) -> None:
@@ -44,14 +49,25 @@ class PEagle(Eagle3):
         own = self._head.embed_weight
         assert own is not None, "every P-EAGLE head has one"
         self._masked = self._head.fuse(self._mask.to(own).chunk(self.config.streams, dim=1))
+        tensors, head = self._path_tensors, self._head
+        self._path = PathNetwork(tensors, head.width, head.linear, own) if tensors else None
 
     def _draft(self, state: FeatureState, view: View, budget: Budget) -> Proposal:
         depth = min(self._room(state, view, budget), budget.max_nodes)
         if not depth:
             return EMPTY_DRAFT
-        logits = self._logits(self._forward(state, view.tokens, depth))
-        tau = self._tau(view.chain.params.temperature)
-        return draft_of_rows(view, logits, budget, self.options.top_k, tau, self._ids, self.name)
+        outputs = self._forward(state, view.tokens, depth)
+        logits, tau = self._logits(outputs), self._tau(view.chain.params.temperature)
+        if self._path is None:
+            return draft_of_rows(view, logits, budget, self.options.top_k, tau, self._ids, self.name)
+        path, slots = self._path, self._path.read(self._head.normed(outputs[1:]))
+
+        def deeper(level: Level) -> Rows:
+            added = path.after(slots[level.number - 1], self._embed(level.tokens))
+            return Rows(logits[level.number] + added, self._ids)
+
+        first = Rows(logits[:1], self._ids)
+        return grow(view, budget, depth, self.options.top_k, tau, self.name, first, deeper)
 
     def _forward(self, state: FeatureState, tokens: Sequence[int], depth: int) -> Tensor:
         """Outputs ``[depth, width]`` that say the levels of a draft: one forward, but for what a long prompt needs."""

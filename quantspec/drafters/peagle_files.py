@@ -3,12 +3,15 @@
 Besides EAGLE-3's tensors there are ``mask_hidden``, which stands for the streams of slots that the target has not seen,
 and ``embed_tokens.weight``, in which ``mask_token_id`` stands for their tokens. That id goes by several names; where
 more than one is there, vLLM's order decides. Layers are numbered, in the flat form too if there are several.
+
+A head of ours may have a path network besides (see ``peagle_path``): ``path_rank`` in its config.json, tensors
+``path.*``. Without them it is the head that engines know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch import Tensor
 from quantspec.drafters import eagle3_files
 from quantspec.drafters.eagle3_files import is_eagle3, parse_head, read_head_tensors
 from quantspec.drafters.eagle3_head import Eagle3Config
-from quantspec.drafters.head_keys import architectures
+from quantspec.drafters.head_keys import architectures, read_size
 from quantspec.errors import ModelError
 from quantspec.models.config import read_config
 
@@ -27,17 +30,19 @@ _MASK_KEYS = ("mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token
 """Where the mask's id may stand, after ``dflash_config.mask_token_id``."""
 _TRAINING_KEYS = ("num_depths", "para_num", "down_sample_ratio", "down_sample_ratio_min", "loss_type")
 """How a head was trained, which changes nothing here."""
-_MARKS = ("dflash_config", "parallel_drafting", *_MASK_KEYS)
+_RANK = "path_rank"
+_MARKS = ("dflash_config", "parallel_drafting", _RANK, *_MASK_KEYS)
 """Keys that no EAGLE-3 head has."""
 MASK, EMBEDDING = "mask_hidden", "embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class PEagleConfig:
-    """``head`` is what the network has in common with EAGLE-3."""
+    """``head`` is what the network has in common with EAGLE-3; ``path_rank`` that of the path network, 0 for none."""
 
     head: Eagle3Config
     mask_token_id: int
+    path_rank: int = 0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor, besides the vocabulary map."""
@@ -46,7 +51,24 @@ class PEagleConfig:
             MASK: (1, 1, head.streams * head.target_hidden_size),
             EMBEDDING: (head.model.vocab_size, head.model.hidden_size),
         }
-        return head.shapes() | own
+        return head.shapes() | own | self.path_shapes()
+
+    def path_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the path network's tensors."""
+        rank, read = self.path_rank, 2 * self.head.model.hidden_size
+        if not rank:
+            return {}
+        return {
+            "path.gate_proj.weight": (2 * rank, read),
+            "path.up_proj.weight": (2 * rank, read),
+            "path.down_proj.weight": (rank, 2 * rank),
+            "path.lm_head.weight": (self.head.draft_vocab_size, rank),
+        }
+
+    def without_path(self, tensors: Mapping[str, Tensor]) -> tuple[PEagleConfig, dict[str, Tensor]]:
+        """The paper's head: all slots say is what they say by themselves."""
+        path = self.path_shapes()
+        return replace(self, path_rank=0), {name: tensor for name, tensor in tensors.items() if name not in path}
 
 
 def is_peagle(raw: Mapping[str, Any]) -> bool:
@@ -70,7 +92,8 @@ def read_peagle_config(folder: Path) -> PEagleConfig:
     if not is_peagle(raw):
         raise ModelError(f"{source} does not describe a P-EAGLE head")
     head = parse_head(raw, source, (*_MARKS, *_TRAINING_KEYS))
-    return PEagleConfig(head, _mask_token(raw, head.model.vocab_size, source))
+    rank = 0 if raw.get(_RANK) is None else read_size(raw, _RANK, 0, source, most=head.model.hidden_size)
+    return PEagleConfig(head, _mask_token(raw, head.model.vocab_size, source), rank)
 
 
 def _mask_token(raw: Mapping[str, Any], vocab: int, source: str) -> int:
@@ -93,7 +116,11 @@ def save_flat(out: Path, config: PEagleConfig, tensors: Mapping[str, Tensor], id
     """Write the flat form, which vLLM loads as method ``eagle3`` with ``parallel_drafting``; arguments as
     ``read_peagle`` returns them. The mask's id stands under both names that its versions have looked for."""
     mask = {"mask_token_id": config.mask_token_id, "pard_token": config.mask_token_id}
-    eagle3_files.save_flat(out, config.head, tensors, ids, mask)
+    eagle3_files.save_flat(out, config.head, tensors, ids, mask | _rank(config))
+
+
+def _rank(config: PEagleConfig) -> dict[str, Any]:
+    return {_RANK: config.path_rank} if config.path_rank else {}
 
 
 def save_speculators(
@@ -101,7 +128,10 @@ def save_speculators(
     verifier_architectures: list[str], speculative_tokens: int = 5,
 ) -> None:  # fmt: skip
     """Write the speculators form; see ``eagle3_files.save_speculators``."""
-    more = {"architectures": [SPECULATOR], "mask_token_id": config.mask_token_id, "embed_requires_grad": True}
+    more = {
+        "architectures": [SPECULATOR], "mask_token_id": config.mask_token_id, "embed_requires_grad": True,
+        **_rank(config),
+    }  # fmt: skip
     eagle3_files.save_speculators(
         out, config.head, tensors, ids, verifier=verifier, verifier_architectures=verifier_architectures,
         speculative_tokens=speculative_tokens, kind="peagle", more=more,

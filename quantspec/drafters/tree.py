@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from quantspec.types import EMPTY_DRAFT, Budget, Draft
 
@@ -124,6 +124,55 @@ def draft_of_rows(
     else:
         rows = logits.split(1)
         tree = best_first(lambda path: best(rows[len(path)], [path])[0], len(logits), budget, view.stop_ids)
+    return assemble(tree, rerank(tree.log_scores, budget), stage)
+
+
+class Rows(NamedTuple):
+    """Logits ``[n, W]`` of what follows n nodes of a level, on target ids ``[W]`` (None: on all)."""
+
+    logits: Tensor
+    ids: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Nodes that are expanded together, with their parents' rows in the level before."""
+
+    number: int
+    """From 1, the children of the last committed token."""
+    nodes: Sequence[int]
+    parents: Sequence[int]
+    tokens: Sequence[int]
+    rows: Sequence[int]
+
+
+def grow(
+    view: View, budget: Budget, depth: int, width: int, tau: float, stage: str, first: Rows,
+    deeper: Callable[[Level], Rows],
+) -> Draft:  # fmt: skip
+    """EAGLE-2's tree: of each level the ``width`` best nodes that may be worth verifying are expanded, into as many
+    children, down to ``depth``. ``first`` says what follows the committed text, ``deeper`` what follows the nodes of a
+    level. ``tau``: see ``View.best``."""
+    nodes, tree, mass, rows = [-1], Tree(), 1.0, first
+    paths: dict[int, tuple[int, ...]] = {-1: ()}  # the tokens that lead to every expanded node
+    children = min(width, view.vocab_size)
+    for number in range(1, depth + 1):
+        best = view.best(rows.logits, [paths[node] for node in nodes], children, tau, rows.ids)
+        start = len(tree)
+        for node, found, scores in zip(nodes, *(each.tolist() for each in best), strict=True):
+            tree.expand(node, found, scores)
+        if number == depth:
+            break
+        kept = promising(tree.log_scores, budget)
+        grown = frontier(tree, start, kept, width, view.stop_ids)
+        above, mass = mass, sum(math.exp(tree.log_scores[node]) for node in grown)
+        if mass * mass <= budget.level_price * above:  # what the next level promises, if it keeps as much as this
+            break
+        row = {node: i for i, node in enumerate(nodes)}
+        parents, tokens = [tree.parents[node] for node in grown], [tree.tokens[node] for node in grown]
+        for node, parent, token in zip(grown, parents, tokens, strict=True):
+            paths[node] = (*paths[parent], token)
+        rows, nodes = deeper(Level(number, grown, parents, tokens, [row[parent] for parent in parents])), grown
     return assemble(tree, rerank(tree.log_scores, budget), stage)
 
 

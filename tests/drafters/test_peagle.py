@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_eagle import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, load_family, normed, save
-from tiny_eagle3 import IDS
-from tiny_peagle import MASK_TOKEN, PEAGLE_FLAT, peagle_folder, peagle_tensors
+from tiny_eagle import HIDDEN, VOCAB, load_family, save
+from tiny_peagle import PEAGLE_FLAT, dense_logits, peagle_folder, peagle_tensors
 from torch import Tensor
-from torch.nn import functional as F
 
 from quantspec.core.drafter import TargetParts, View
 from quantspec.core.noise import Stream
@@ -36,55 +34,6 @@ TAPS = (0, 1)
 def family(tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("peagle")
     return load_family(root) | {name: peagle_folder(root / name, **options) for name, options in VARIANTS.items()}
-
-
-# --- the chain against an independent, dense computation ---
-
-
-def rotated(y: Tensor, position: int) -> Tensor:
-    """One slot's heads ``[n, head_dim]`` at a position."""
-    a, b = y.chunk(2, dim=-1)
-    angle = position * 100.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
-
-
-def expected_logits(options: dict, streams: list[Tensor], tokens: list[int], depth: int) -> Tensor:
-    """``[depth, V]``: the rows of a chain below ``tokens``, slot by slot and head by head."""
-    weight, flags = peagle_tensors(**options), options.get("flags", ())
-    masks = weight["mask_hidden"][0].chunk(len(streams), 1)
-    streams = [torch.cat([s, mask.expand(depth - 1, -1)]) for s, mask in zip(streams, masks, strict=True)]
-    if "fc_norm" in flags:
-        streams = [normed(stream, weight[f"fc_norm.{i}.weight"]) for i, stream in enumerate(streams)]
-    both = torch.cat(streams, 1)
-    if "norm_before_fc" in flags:
-        both = normed(both, weight["input_norm.weight"])
-    state = both @ weight["fc.weight"].T
-    embedded = weight["embed_tokens.weight"][[*tokens[1:], *[MASK_TOKEN] * (depth - 1)]]
-    hidden = normed(state, weight["layers.0.hidden_norm.weight"])
-    x = hidden if "norm_before_residual" in flags else state
-    for i in range(options.get("layers", 2)):
-        layer = f"layers.{i}."
-        read = normed(embedded if not i else x, weight[f"{layer}input_layernorm.weight"])
-        if not i:
-            read = torch.cat([read, hidden], 1)
-        q, k, v = (
-            (read @ weight[f"{layer}self_attn.{name}_proj.weight"].T).view(len(x), -1, HEAD_DIM) for name in "qkv"
-        )
-        mixed = torch.zeros(len(x), HEADS, HEAD_DIM)
-        for slot in range(len(x)):
-            for head in range(HEADS):
-                group = head * KV_HEADS // HEADS
-                keys = torch.stack([rotated(k[j, group], j) for j in range(slot + 1)])
-                scores = keys @ rotated(q[slot, head], slot) / HEAD_DIM**0.5
-                mixed[slot, head] = scores.softmax(0) @ v[: slot + 1, group]
-        x = x + mixed.flatten(1) @ weight[f"{layer}self_attn.o_proj.weight"].T
-        y = normed(x, weight[f"{layer}post_attention_layernorm.weight"])
-        gate, up = (y @ weight[f"{layer}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        x = x + (F.silu(gate) * up) @ weight[f"{layer}mlp.down_proj.weight"].T
-    logits, ids = normed(x, weight["norm.weight"])[-depth:] @ weight["lm_head.weight"].T, options.get("ids", IDS)
-    if ids is not None:
-        logits = torch.full((depth, VOCAB), -torch.inf).index_copy(1, ids, logits)
-    return logits
 
 
 def view_of(tokens: list[int], params: SamplingParams | None = None, stops: frozenset[int] = frozenset()) -> View:
@@ -129,7 +78,7 @@ def test_every_token_is_the_best_of_a_dense_recomputation(family, variant: str, 
     drafter = drafter_of(family, variant)
     assert drafter.needs.taps == TAPS
     draft = propose(drafter, observed(drafter, streams), view_of(tokens), Budget(5, 9))
-    best = expected_logits(VARIANTS[variant], streams, tokens, 5).log_softmax(-1).max(-1)
+    best = dense_logits(VARIANTS[variant], streams, tokens, 5).log_softmax(-1).max(-1)
     assert draft.tokens == tuple(best.indices.tolist())
     # Sums in another order, in fp32, through up to four layers.
     assert [math.log(s) for s in draft.scores] == pytest.approx(best.values.cumsum(0).tolist(), abs=1e-4)
@@ -155,7 +104,7 @@ def test_at_temperature_tokens_carry_the_noise_of_their_own_position(family, par
     drafter = drafter_of(family)
     view = view_of(tokens, SamplingParams(temperature=0.9, **params))
     draft = propose(drafter, observed(drafter, streams), view, Budget(4, 4))
-    rows = expected_logits({}, streams, tokens, 4)
+    rows = dense_logits({}, streams, tokens, 4)
     state, expected = view.state, list[int]()
     for depth in range(4):
         warped = view.chain.apply_rows([state], rows[depth : depth + 1])[0]
@@ -181,7 +130,7 @@ def test_a_tree_has_the_best_of_all_products_over_the_slots(family, params: dict
     tokens, streams = text_and_streams(7)
     drafter, view = drafter_of(family, depth=depth, top_k=top_k), view_of(tokens, SamplingParams(**params))
     draft = propose(drafter, observed(drafter, streams), view, Budget(nodes, 9))
-    rows, scores = expected_logits({}, streams, tokens, depth), {(): 0.0}
+    rows, scores = dense_logits({}, streams, tokens, depth), {(): 0.0}
     for level in range(depth):
         for path in [each for each in scores if len(each) == level]:
             best = view.scores(rows[level : level + 1], [path])[0].topk(top_k)

@@ -101,7 +101,8 @@ class Eagle3Method:
             raise ModelError(f"{folder} drafts other tokens", hint="give its draft vocabulary size and its rollouts")
         wrong = [name for name, tensor in tensors.items() if own.get(name, tensor[:0]).shape != tensor.shape]
         if wrong:
-            raise ModelError(f"{folder}: {wrong[0]} has another shape than this head's", hint="give its MLP width")
+            hint = "give its path rank" if wrong[0].startswith("path.") else "give its MLP width"
+            raise ModelError(f"{folder}: {wrong[0]} has another shape than this head's", hint=hint)
         self.net.load_state_dict(tensors, strict=False)
 
     def _read(self, folder: Path) -> tuple[Eagle3HeadConfig, dict[str, torch.Tensor], torch.Tensor | None]:

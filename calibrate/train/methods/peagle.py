@@ -44,6 +44,10 @@ def run(config: PEagleConfig, stop_after: int | None = None) -> dict[str, Any]:
     return train(config, partial(PEagleMethod, config), stop_after)
 
 
+_SLOT = 0.25
+"""Weight of what a masked slot says by itself, beside what it says after the token before it."""
+
+
 class PEagleMethod(Eagle3Method):
     """See `trainer.Method` and `Eagle3Method`. `mask_token` is the target token that stands for those to come: the one
     that the texts need least."""
@@ -53,8 +57,10 @@ class PEagleMethod(Eagle3Method):
     net: PEagleNet
 
     def __init__(self, config: PEagleConfig, base: LlamaNet, texts: Rollouts) -> None:
-        if not (config.depths >= 1 and config.partitions >= 1 and config.layers >= 1):
-            raise UsageError("depths, partitions and layers must be at least 1")
+        if not (config.depths >= 1 and config.partitions >= 1 and config.layers >= 1 and config.path_rank >= 0):
+            raise UsageError("depths, partitions and layers must be at least 1, and a path's rank at least 0")
+        if config.path_rank > base.shape.hidden:
+            raise UsageError(f"a path's rank of {config.path_rank} is above the width of the base, {base.shape.hidden}")
         if not (0 < config.keep <= 1 and 0 <= config.keep_least <= 1):
             raise UsageError(f"keep {config.keep} and keep_least {config.keep_least} must be shares, keep above 0")
         self.mask_token = int(torch.bincount(texts.ids.long(), minlength=base.vocab).argmin())
@@ -64,12 +70,18 @@ class PEagleMethod(Eagle3Method):
     def _new_net(self) -> Eagle3Net:
         return PEagleNet(
             self.shape, self.base.shape.hidden, len(self.taps), len(self.ids), self.flags, self.base.vocab,
-            self.mask_token,
+            self.mask_token, self.config.path_rank,
         )  # fmt: skip
 
     def _borrow(self) -> None:
         super()._borrow()
-        self.net.embed_tokens.weight.copy_(self.base.model.embed_tokens.weight)
+        embedding = self.net.embed_tokens.weight.copy_(self.base.model.embed_tokens.weight)
+        if (path := self.net.path) is not None:
+            # What the rank leaves of the LM head, and embeddings as large as the outputs beside them.
+            main = torch.linalg.svd(self.net.lm_head.weight, full_matrices=False).Vh[: self.config.path_rank]
+            path.lm_head.weight.copy_(self.net.lm_head.weight @ main.T)
+            for layer in (path.gate_proj, path.up_proj):
+                layer.weight[:, embedding.shape[1] :] /= embedding.pow(2).mean().sqrt()
 
     def _read(self, folder: Path) -> tuple[Eagle3HeadConfig, dict[str, torch.Tensor], torch.Tensor | None]:
         """Either kind of head: what an EAGLE-3 head lacks begins as it does without one."""
@@ -133,22 +145,37 @@ class PEagleMethod(Eagle3Method):
         """Summed over the part's own elements; notes in `hits [B, S, depths]` which ones guessed the base's choice."""
         counted = own & self._judged(elements, wanted)
         outputs = self._outputs_of(batch, elements)[counted]
-        guess = self.net.lm_head(outputs).float()
         text, row = counted.nonzero(as_tuple=True)
         anchor, depth = elements[text, row] // self.config.depths, elements[text, row] % self.config.depths
+        guess, told = self._guesses(outputs, depth, batch.ids[text, anchor + depth + 1])
         width = batch.ids.shape[1]
         asked, which = (text * width + anchor + depth + 1).unique(return_inverse=True)
         with torch.no_grad():
             features = batch.features.flatten(0, 1)[asked]
             logits = self.base.head(features).float()
-            right = self.ids[guess.argmax(-1)] == logits.argmax(-1)[which]
+            right = self.ids[told.argmax(-1)] == logits.argmax(-1)[which]
             hits[text.cpu(), anchor.cpu(), depth.cpu()] = right.to("cpu", torch.int8)
-            labels = logits[:, self.ids].softmax(-1)
-        total = LOSSES[self.config.loss](guess, labels[which]).sum()
+            labels = logits[:, self.ids].softmax(-1)[which]
+        loss = LOSSES[self.config.loss]
+        total = loss(told, labels).sum()
+        if told is not guess:
+            deeper = depth > 0
+            total = total + _SLOT * loss(guess[deeper], labels[deeper]).sum()
         if feature_weight:
             apart = F.smooth_l1_loss(outputs, features[which], reduction="none")
             total = total + feature_weight * apart.mean(-1).sum()
         return total
+
+    def _guesses(
+        self, outputs: torch.Tensor, depth: torch.Tensor, before: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [n, draft vocabulary] of elements with `outputs` [n, hidden] at `depth` [n]: by themselves, and after
+        the tokens `before` [n], which those of depth 0 have read."""
+        guess = self.net.lm_head(outputs).float()
+        if self.net.path is None:
+            return guess, guess
+        added = self.net.path(outputs, self.net.embed_tokens(before)).float()
+        return guess, guess + added * (depth > 0)[:, None]
 
     def _outputs_of(self, batch: Batch, elements: torch.Tensor) -> torch.Tensor:
         """Normed outputs [B, R, hidden] of elements [B, R]."""
@@ -167,8 +194,9 @@ class PEagleMethod(Eagle3Method):
         for depth in range(depths):
             judged = reached[:, : count - depth] & wanted[:, depth:]
             truth = self.base.head(batch.features[:, 1 + depth :][judged]).float()
+            before, asked = batch.ids[:, 1 + depth :][judged], outputs[:, : count - depth, depth][judged]
             guess = torch.full_like(truth, -torch.inf)
-            guess[:, self.ids] = self.net.lm_head(outputs[:, : count - depth, depth][judged]).float()
+            guess[:, self.ids] = self._guesses(asked, torch.full_like(before, depth), before)[1]
             yield truth, guess
             reached = torch.zeros_like(wanted)
             reached[:, : count - depth][judged] = truth.argmax(-1) == guess.argmax(-1)

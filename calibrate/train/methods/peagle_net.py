@@ -1,4 +1,5 @@
-"""The P-EAGLE network for training (arXiv 2602.01469): EAGLE-3's, with a learned mask and an embedding of its own."""
+"""The P-EAGLE network for training (arXiv 2602.01469): EAGLE-3's, with a learned mask and an embedding of its own, and
+perhaps a small network that corrects its slots by the tokens before them."""
 
 from __future__ import annotations
 
@@ -13,17 +14,37 @@ from quantspec.calibrate.train.methods.eagle3_net import Eagle3Net, FirstLayer, 
 from quantspec.calibrate.train.net import Layer, rope_table
 
 
+class PathNet(nn.Module):
+    """What the token before a masked slot adds to the slot's logits: low-rank, as a Markov head's (DSpark), and it sees
+    the slot's output too. See `drafters.peagle_path`, which runs it."""
+
+    def __init__(self, hidden: int, rank: int, vocab: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(2 * hidden, 2 * rank, bias=False)
+        self.up_proj = nn.Linear(2 * hidden, 2 * rank, bias=False)
+        self.down_proj = nn.Linear(2 * rank, rank, bias=False)
+        self.lm_head = nn.Linear(rank, vocab, bias=False)
+
+    def forward(self, outputs: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """Corrections [n, vocab] of slots with normed `outputs` [n, hidden] after tokens `embedded` [n, hidden]."""
+        read = torch.cat([outputs, embedded], -1)
+        return self.lm_head(self.down_proj(nn.functional.silu(self.gate_proj(read)) * self.up_proj(read)))
+
+
 class PEagleNet(Eagle3Net):
-    """See `Eagle3Net`; `tokens` is the target's vocabulary, `mask_token` the one that masked slots read.
+    """See `Eagle3Net`; `tokens` is the target's vocabulary, `mask_token` the one that masked slots read, `path_rank`
+    that of a `PathNet`, 0 for none.
 
     `mask_hidden [1, 1, taps * width]` stands for the streams of slots that the base has not seen.
     """
 
     def __init__(
-        self, shape: Shape, width: int, taps: int, vocab: int, flags: Flags, tokens: int, mask_token: int
-    ) -> None:
+        self, shape: Shape, width: int, taps: int, vocab: int, flags: Flags, tokens: int, mask_token: int,
+        path_rank: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(shape, width, taps, vocab, flags)
         self.mask_token = mask_token
+        self.path = PathNet(shape.hidden, path_rank, vocab) if path_rank else None
         self.embed_tokens = nn.Embedding(tokens, shape.hidden)
         self.mask_hidden = nn.Parameter(torch.zeros(1, 1, taps * width))
 
