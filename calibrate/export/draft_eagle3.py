@@ -94,6 +94,11 @@ class Eagle3Export:
                 speculative_tokens=self.tokens,
             )  # fmt: skip
 
+    @property
+    def notes(self) -> list[str]:
+        """What is lost on the way."""
+        return []
+
     def _named(self, config: Eagle3Config) -> Eagle3Config:
         return replace(config, taps=config.taps_of(self.target.config.num_layers))
 
@@ -128,8 +133,13 @@ class PEagleExport(Eagle3Export):
     def another_reason(self) -> str:
         return "SGLang does not run P-EAGLE heads" if self.engine == "sglang" else ""
 
+    @property
+    def notes(self) -> list[str]:
+        rank = peagle_files.read_peagle_config(self.folder).path_rank
+        return ["its path network stays behind: no engine runs one, and slots speak for themselves"] if rank else []
+
     def write(self, out: Path, on_shard: object = None) -> None:
-        """All files but the manifest, as of an EAGLE-3 head. No engine knows path networks: they stay behind."""
+        """All files but the manifest, as of an EAGLE-3 head."""
         config, tensors, ids = peagle_files.read_peagle(self.folder)
         config, dense = config.without_path(in_one_dtype(tensors))
         config = replace(config, head=self._named(config.head))

@@ -89,6 +89,8 @@ class _Export:
             self.room += self.draft.bytes
         elif self.draft is not None:
             self.room += TensorStore(self.draft.folder).nbytes()
+            if isinstance(self.draft, Eagle3Export):
+                self.notes += [f"drafter: {note}" for note in self.draft.notes]
 
     def write(self, folder: Path, on_shard: OnShard) -> None:
         """All files but the manifest; config.json, without which nobody loads the folder, comes last."""

@@ -46,8 +46,8 @@ def eagle3(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def peagle(folder: Path, **settings: Any) -> Path:
-    config = PEagleConfig(shape(layers=2, **settings), 99)
+def peagle(folder: Path, rank: int = 0, **settings: Any) -> Path:
+    config = PEagleConfig(shape(layers=2, **settings), 99, rank)
     peagle_files.save_flat(folder, config, random(config.shapes()), IDS)
     return folder
 
@@ -109,6 +109,17 @@ def test_peagle_in_both_forms(tmp_path: Path, form: Any) -> None:
     before, after = peagle_files.read_peagle(head), peagle_files.read_peagle(out / "draft")
     same(before, after)
     assert after[0].mask_token_id == 99
+
+
+@pytest.mark.parametrize("form", ["flat", "speculators"])
+def test_no_engine_is_given_a_path_network(tmp_path: Path, form: Any) -> None:
+    """What is left is the paper's head; a note says so."""
+    head, out = peagle(tmp_path / "head", rank=8), tmp_path / "out"
+    report = run(ExportConfig(model=TARGET, to="vllm", out=out, draft_model=head, draft_form=form))
+    config, tensors, ids = peagle_files.read_peagle(out / "draft")
+    assert config.path_rank == 0
+    same((config, tensors, ids), (config, *peagle_files.read_peagle(peagle(tmp_path / "bare"))[1:]))
+    assert any("path network" in note for note in report.notes)
 
 
 def test_medusa(tmp_path: Path, models_by_form: dict[str, Path]) -> None:

@@ -43,6 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_family(root)
     head_folder(root / "eagle3")
     peagle_folder(root / "peagle")
+    peagle_folder(root / "peagle-path", rank=6)
     texts = [Rollout(torch.arange(n).mul(7).remainder(VOCAB), torch.zeros(n, 32).half(), 2, 0.0) for n in range(20, 36)]
     (root / "rollouts").mkdir()
     write_rollouts(root / "rollouts" / "part-0.safetensors", texts, fingerprint(root / "target"))
@@ -54,11 +55,11 @@ def quantized(root: Path, kind: str, out: Path, **options) -> QuantizeReport:
     return run(HeadQuantizeConfig(model=root / kind, out=out, **given))
 
 
-@pytest.mark.parametrize("kind", ["head", "eagle3", "peagle"])
+@pytest.mark.parametrize("kind", ["head", "eagle3", "peagle", "peagle-path"])
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_every_kind_reads_back_under_the_same_names(root: Path, tmp_path: Path, kind: str, method: str) -> None:
     report = quantized(root, kind, tmp_path / "out", method=method)
-    read = {"head": read_head, "eagle3": read_eagle3, "peagle": read_peagle}[kind]
+    read = {"head": read_head, "eagle3": read_eagle3}.get(kind, read_peagle)
     before, after = read(root / kind)[1], read(tmp_path / "out")[1]
     assert list(before) == list(after) or set(before) == set(after)
     assert is_head(tmp_path / "out")
@@ -134,6 +135,19 @@ def test_a_draft_vocabulary_is_trimmed_further(root: Path, tmp_path: Path) -> No
     assert set(ids.tolist()) < set(IDS.tolist())
     before, rows = read_eagle3(root / "eagle3")[1]["lm_head.weight"], torch.searchsorted(IDS, ids)
     assert torch.equal(tensors["lm_head.weight"], before[rows])
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_path_network_loses_the_rows_of_the_tokens_that_go(root: Path, tmp_path: Path, bits: int | None) -> None:
+    quantized(root, "peagle-path", tmp_path / "out", draft_vocab=11, head_bits=bits, method="rtn")
+    (_, before, every), (config, after, ids) = read_peagle(root / "peagle-path"), read_peagle(tmp_path / "out")
+    assert every is not None
+    assert ids is not None
+    assert (config.head.draft_vocab_size, config.path_rank, len(ids)) == (11, 6, 11)
+    rows = torch.isin(every, ids)
+    for name in ("path.lm_head.weight", *([] if bits else ["lm_head.weight"])):
+        assert torch.equal(after[name], before[name][rows]), name
+    assert torch.equal(after["path.up_proj.weight"], before["path.up_proj.weight"])
 
 
 @pytest.mark.parametrize("options", [{}, {"head_bits": 4}, {"head_bits": 4, "draft_vocab": 1500}])

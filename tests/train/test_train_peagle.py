@@ -149,9 +149,9 @@ def test_training_starts_from_either_kind_of_head(model: Path, texts: Rollouts, 
     assert third.net.fc.weight.equal(eagle3.net.fc.weight.bfloat16().float())
 
 
-@pytest.mark.parametrize("count", [2, 3, 8])
-def test_parts_give_the_gradients_of_the_whole(model: Path, texts: Rollouts, count: int) -> None:
-    method = method_of(model, texts, draft_vocab_size=200, fc_norm=True, feature_weight=3.0)
+@pytest.mark.parametrize(("count", "rank"), [(2, 0), (3, 8), (8, 0)])
+def test_parts_give_the_gradients_of_the_whole(model: Path, texts: Rollouts, count: int, rank: int) -> None:
+    method = method_of(model, texts, draft_vocab_size=200, fc_norm=True, feature_weight=3.0, path_rank=rank)
     batch = batch_of(method, texts)
     loss, whole, metrics = gradients(method, batch)
     assert len(whole) == len(list(method.net.parameters()))
@@ -171,10 +171,12 @@ def test_features_are_learned_until_they_are_not(model: Path, texts: Rollouts) -
     assert late == float(method.loss(batch, 0.59, drawn().manual_seed(3))[0]) < early
 
 
-@pytest.mark.parametrize("weight", [0.0, 3.0])
-def test_the_loss_is_that_of_loops_over_texts_and_elements(model: Path, texts: Rollouts, weight: float) -> None:
+@pytest.mark.parametrize(("weight", "rank"), [(0.0, 0), (3.0, 0), (0.0, 8)])
+def test_the_loss_is_that_of_loops_over_texts_and_elements(
+    model: Path, texts: Rollouts, weight: float, rank: int
+) -> None:
     """Each element alone with what it sees, which must not depend on what else was drawn."""
-    method = method_of(model, texts, draft_vocab_size=200, feature_weight=weight)
+    method = method_of(model, texts, draft_vocab_size=200, feature_weight=weight, path_rank=rank)
     loss, metrics = method.loss(batch_of(method, texts), 0.5, torch.Generator().manual_seed(3))
     generator, losses, right = torch.Generator().manual_seed(3), [], {}
     for text in range(3):
@@ -191,7 +193,12 @@ def test_the_loss_is_that_of_loops_over_texts_and_elements(model: Path, texts: R
                 apart = float(smooth_l1_loss(output, batch.features[0, anchor + depth + 1]))
                 logits = method.net.lm_head(output)
                 truth = method.base.head(batch.features[0, anchor + depth + 1])
-            cross = -float((truth[method.ids].softmax(-1) * logits.log_softmax(-1)).sum())
+                labels, alone = truth[method.ids].softmax(-1), logits
+                if rank and depth:
+                    logits = alone + path_of(method, output, int(batch.ids[0, anchor + depth + 1]))
+            cross = -float((labels * logits.log_softmax(-1)).sum())
+            if rank and depth:
+                cross -= 0.25 * float((labels * alone.log_softmax(-1)).sum())
             losses.append(cross + weight * apart)
             right[text, anchor, depth] = int(method.ids[logits.argmax()]) == int(truth.argmax())
     assert float(loss.detach()) == pytest.approx(sum(losses) / len(losses), rel=1e-4)  # means in fp32, in another order
@@ -200,8 +207,17 @@ def test_the_loss_is_that_of_loops_over_texts_and_elements(model: Path, texts: R
         assert metrics[f"accuracy.{depth}"] == pytest.approx(sum(asked) / max(len(asked), 1))
 
 
-def test_guesses_are_those_of_chains_whose_tokens_were_right_so_far(model: Path, texts: Rollouts) -> None:
-    method = method_of(model, texts, draft_vocab_size=2)
+def path_of(method: PEagleMethod, output: torch.Tensor, before: int) -> torch.Tensor:
+    """What the path network adds after a token."""
+    weight = {name: p.detach() for name, p in method.net.named_parameters()}
+    read = torch.cat([output, weight["embed_tokens.weight"][before]])
+    gate, up = (weight[f"path.{name}_proj.weight"] @ read for name in ("gate", "up"))
+    return weight["path.lm_head.weight"] @ (weight["path.down_proj.weight"] @ (torch.nn.functional.silu(gate) * up))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_guesses_are_those_of_chains_whose_tokens_were_right_so_far(model: Path, texts: Rollouts, rank: int) -> None:
+    method = method_of(model, texts, draft_vocab_size=2, path_rank=rank)
     whole = method.base.head
     method.base.head = lambda x: whole(x) - 50.0 * ~method.drafted  # a choice of two, so that some guesses are right
     batch = OnlineFeatures(method.base, method.taps, own=True).fill(texts.batch([0]))
@@ -214,7 +230,10 @@ def test_guesses_are_those_of_chains_whose_tokens_were_right_so_far(model: Path,
         for anchor, expected, row in zip(starts, truth, guess, strict=True):
             seen = [a * DEPTHS for a in range(anchor)] + [anchor * DEPTHS + d for d in range(depth + 1)]
             with torch.no_grad():
-                logits = method.net.lm_head(method._outputs_of(batch, torch.tensor([seen]))[0, -1])
+                output = method._outputs_of(batch, torch.tensor([seen]))[0, -1]
+                logits = method.net.lm_head(output)
+                if rank and depth:
+                    logits = logits + path_of(method, output, int(batch.ids[0, anchor + depth + 1]))
                 base = method.base.head(batch.features[0, anchor + depth + 1])
             # fp32 sums over other numbers of keys; logits are about 2
             torch.testing.assert_close(row[method.ids], logits, rtol=1e-4, atol=1e-4)
@@ -240,7 +259,8 @@ def test_other_losses_are_those_of_the_same_rows(model: Path, texts: Rollouts, l
 # --- files and the recipe ---------------------------------------------------------------------------------------------
 
 
-def test_a_saved_head_drafts_what_training_saw(model: Path, texts: Rollouts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_saved_head_drafts_what_training_saw(model: Path, texts: Rollouts, tmp_path: Path, rank: int) -> None:
     """The drafter's chain is the argmax of the net's own elements, in the checkpoint's bf16."""
     from quantspec.core.drafter import TargetParts, View
     from quantspec.core.noise import Stream
@@ -250,7 +270,7 @@ def test_a_saved_head_drafts_what_training_saw(model: Path, texts: Rollouts, tmp
     from quantspec.models.load import load_model
     from quantspec.types import Budget, SamplingParams, Verdict
 
-    method = method_of(model, texts, draft_vocab_size=200, norm_output=True)
+    method = method_of(model, texts, draft_vocab_size=200, norm_output=True, path_rank=rank)
     with torch.no_grad():
         for p in method.net.parameters():
             p.copy_(p.bfloat16().float())
@@ -271,9 +291,14 @@ def test_a_saved_head_drafts_what_training_saw(model: Path, texts: Rollouts, tmp
     drafter.observe(state, Verdict((), (), 0, (0,), (), taps={tap: batch.streams[tap][0, :11] for tap in (0, 1)}))
     elements = [a * DEPTHS for a in range(10)] + [10 * DEPTHS + d for d in range(chain)]
     with torch.no_grad():
-        rows = method.net.lm_head(method._outputs_of(batch, torch.tensor([elements]))[0, -chain:])
+        outputs = method._outputs_of(batch, torch.tensor([elements]))[0, -chain:]
+        rows, expected = method.net.lm_head(outputs), list[int]()
+        for depth in range(chain):
+            added = path_of(method, outputs[depth], expected[-1]) if rank and depth else 0.0
+            expected.append(int(method.ids[(rows[depth] + added).argmax()]))
+    assert not rank or expected != method.ids[rows.argmax(-1)].tolist()
     draft = drafter.propose([state], [view], [Budget(chain, chain)])[0]
-    assert list(draft.tokens) == method.ids[rows.argmax(-1)].tolist()
+    assert list(draft.tokens) == expected
 
 
 def rollouts_folder(model: Path, texts: Rollouts, folder: Path) -> Path:
@@ -304,9 +329,30 @@ def test_the_recipe_learns_goes_on_and_starts_from_an_eagle3_head(model: Path, t
     assert read_peagle(tmp_path / "out")[0].head.model.num_layers == 2
 
 
+def test_a_path_network_starts_where_there_was_none(model: Path, texts: Rollouts, tmp_path: Path) -> None:
+    """It adds nothing at first; a head that has one needs its rank."""
+    first = method_of(model, texts, path_rank=8, mlp=128)
+    bare = method_of(model, texts, mlp=128)
+    for name, method in (("with", first), ("bare", bare)):
+        method.save(tmp_path / name, {})
+    config = PEagleConfig(model, model, model, layer_ids=(0, 1), layers=2, depths=DEPTHS, mlp=128, path_rank=8)
+    fresh = PEagleMethod(replace(config, start=tmp_path / "bare"), load_net(model), texts)
+    batch = batch_of(fresh, texts)
+    for (truth, guess), (same, plain) in zip(fresh.guesses(batch), bare.guesses(batch), strict=True):
+        assert truth.equal(same)
+        torch.testing.assert_close(guess, plain, rtol=0.05, atol=0.05)  # one of them in the checkpoint's bf16
+    again = PEagleMethod(replace(config, start=tmp_path / "with"), load_net(model), texts)
+    assert again.net.state_dict()["path.up_proj.weight"].equal(first.net.path.up_proj.weight.bfloat16().float())
+    with pytest.raises(ModelError, match=r"path\.\w+\.weight has another shape") as refused:
+        PEagleMethod(replace(config, start=tmp_path / "with", path_rank=0), load_net(model), texts)
+    assert refused.value.hint == "give its path rank"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"path_rank": 33}, "a path's rank of 33 is above 32"),
+        ({"path_rank": -1}, "a path's rank at least 0"),
         ({"keep": 0.0}, "keep 0.0"),
         ({"depths": 0}, "at least 1"),
         ({"partitions": 0}, "at least 1"),

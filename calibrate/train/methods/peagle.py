@@ -59,8 +59,9 @@ class PEagleMethod(Eagle3Method):
     def __init__(self, config: PEagleConfig, base: LlamaNet, texts: Rollouts) -> None:
         if not (config.depths >= 1 and config.partitions >= 1 and config.layers >= 1 and config.path_rank >= 0):
             raise UsageError("depths, partitions and layers must be at least 1, and a path's rank at least 0")
-        if config.path_rank > base.shape.hidden:
-            raise UsageError(f"a path's rank of {config.path_rank} is above the width of the base, {base.shape.hidden}")
+        most = min(base.shape.hidden, config.draft_vocab_size or base.vocab)
+        if config.path_rank > most:
+            raise UsageError(f"a path's rank of {config.path_rank} is above {most}, the rank of the base's LM head")
         if not (0 < config.keep <= 1 and 0 <= config.keep_least <= 1):
             raise UsageError(f"keep {config.keep} and keep_least {config.keep_least} must be shares, keep above 0")
         self.mask_token = int(torch.bincount(texts.ids.long(), minlength=base.vocab).argmin())
@@ -204,7 +205,7 @@ class PEagleMethod(Eagle3Method):
     def save(self, out: Path, tau: Mapping[str, float]) -> None:
         """The flat form: see `drafters.peagle_files`."""
         config, tensors, ids = self._saved(tau)
-        save_flat(out, PEagleHeadConfig(config, self.mask_token), tensors, ids)
+        save_flat(out, PEagleHeadConfig(config, self.mask_token, self.config.path_rank), tensors, ids)
 
 
 class _Summed(torch.autograd.Function):
