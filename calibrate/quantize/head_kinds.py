@@ -200,7 +200,7 @@ class PEagle(Eagle3):
 
     @property
     def companions(self) -> list[str]:
-        """Its path network stays as it is but for them: it is small, and has rows read singly."""
+        """Its path network stays as it is but for them: it is small."""
         return ["path.lm_head.weight"] if self._rank else []
 
     def _own_embedding(self, tensors: dict[str, Tensor]) -> None:

@@ -67,7 +67,8 @@ def run(config: DistillConfig, stop_after: int | None = None) -> dict[str, Any]:
 
 
 def straight_through(net: nn.Module, scheme: Scheme) -> dict[str, torch.Tensor]:
-    """The matrices that will be quantized, rounded in the forward pass and as they are in the backward pass."""
+    """The matrices that will be quantized, rounded in the forward pass and as they are in the backward pass. (Path
+    networks of P-EAGLE heads never are.)"""
     return {
         name: p + (fake_quantize(p, scheme) - p).detach()
         for name, p in net.named_parameters()

@@ -145,8 +145,8 @@ class FeatureTree(ABC):
             return EMPTY_DRAFT
         outputs = self._bridge(state, view.tokens, self._fill(state, view.tokens))
         root = len(view.tokens) - 1
+        # Of every expanded node, the slots from the root's on that it attends.
         columns: dict[int, tuple[int, ...]] = {-1: ()}
-        """Of every expanded node, the slots from the root's on that it attends."""
 
         def deeper(level: Level) -> Rows:
             nonlocal outputs
