@@ -125,9 +125,8 @@ class Eagle3(FeatureTree):
         return self._head.logits(outputs)
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
-        own = self._head.embed_weight
-        if own is not None:
-            return own[torch.tensor(tokens, device=own.device)]
+        if (own := self._head.embed(tokens)) is not None:
+            return own
         rows = self._lender.embed(tokens)
         return rows if self._rotation is None else self._rotation.rotation.undo(rows)
 

@@ -91,7 +91,7 @@ class Eagle3Head:
         self._rope = RopeTable(config.model.rope, config.model.head_dim, device, dtype)
         self._norms = {name: each.to(device, dtype) for name, each in tensors.items() if "norm" in name}
         own = tensors.get("embed_tokens.weight")
-        self.embed_weight = None if own is None else own.to(device, dtype)
+        self._embed_weight = None if own is None else own.to(device)  # as it is stored: few of its rows are ever read
         self._fc, self._lm_head = (self.linear(stored(tensors, name)) for name in ("fc.weight", "lm_head.weight"))
         self._layers = [
             self._layer(i, fuse_layer(config.model, tensors, f"layers.{i}.")) for i in range(config.model.num_layers)
@@ -101,6 +101,12 @@ class Eagle3Head:
         """Products ``[n, K] -> [n, N]`` with a weight ``[N, K]``."""
         held = to_dense(weight).to(self._device, self._dtype)
         return lambda x: F.linear(x, held)
+
+    def embed(self, tokens: Sequence[int]) -> Tensor | None:
+        """``[n, width]`` by its own embedding, None where it has none."""
+        if self._embed_weight is None:
+            return None
+        return self._embed_weight[torch.tensor(tokens, device=self._device)].to(self._dtype)
 
     def _layer(self, i: int, weights: Weights) -> Layer:
         flags, name = self.config.flags, f"layers.{i}."

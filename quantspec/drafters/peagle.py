@@ -46,11 +46,9 @@ class PEagle(Eagle3):
 
     def prepare(self, parts: TargetParts) -> None:
         super().prepare(parts)
-        own = self._head.embed_weight
-        assert own is not None, "every P-EAGLE head has one"
-        self._masked = self._head.fuse(self._mask.to(own).chunk(self.config.streams, dim=1))
+        self._masked = self._head.fuse(self._mask.to(self._embed([0])).chunk(self.config.streams, dim=1))
         tensors, head = self._path_tensors, self._head
-        self._path = PathNetwork(tensors, head.width, head.linear, own) if tensors else None
+        self._path = PathNetwork(tensors, head.width, head.linear) if tensors else None
 
     def _draft(self, state: FeatureState, view: View, budget: Budget) -> Proposal:
         depth = min(self._room(state, view, budget), budget.max_nodes)

@@ -25,21 +25,19 @@ class PathNetwork:
     product ``[n, K] -> [n, N]`` with a weight ``[N, K]``."""
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], width: int, linear: Callable[[Matrix], Callable[[Tensor], Tensor]],
-        like: Tensor,
-    ) -> None:  # fmt: skip
-        """On the device and in the type of ``like``."""
-        gate, up, down, _ = (tensors[name].to(like) for name in NAMES)
-        self._of_output = torch.cat((gate[:, :width], up[:, :width]))
-        self._of_token = torch.cat((gate[:, width:], up[:, width:]))
-        self._down, self._lm_head = down, linear(tensors[NAMES[3]])
+        self, tensors: Mapping[str, Tensor], width: int, linear: Callable[[Matrix], Callable[[Tensor], Tensor]]
+    ) -> None:
+        gate, up, down, lm_head = (tensors[name] for name in NAMES)
+        self._of_output = linear(torch.cat((gate[:, :width], up[:, :width])))
+        self._of_token = linear(torch.cat((gate[:, width:], up[:, width:])))
+        self._down, self._lm_head = linear(down), linear(lm_head)
 
     def read(self, outputs: Tensor) -> Tensor:
         """Of slots with normed ``outputs [n, width]``, what ``after`` needs of each ``[n, R]``."""
-        return F.linear(outputs, self._of_output)
+        return self._of_output(outputs)
 
     def after(self, slot: Tensor, embedded: Tensor) -> Tensor:
         """What is added ``[m, draft_vocab_size]`` to the logits of one slot, ``read`` as ``[R]``, after each of m
         tokens ``embedded [m, width]``."""
-        gate, up = (slot + F.linear(embedded, self._of_token)).chunk(2, dim=1)
-        return self._lm_head(F.linear(F.silu(gate) * up, self._down))
+        gate, up = (slot + self._of_token(embedded)).chunk(2, dim=1)
+        return self._lm_head(self._down(F.silu(gate) * up))

@@ -81,7 +81,7 @@ METHODS = {
     "draft": {"draft_model": "intermediate-w4"},
     "eagle": {"head": "eagle-target-w4"},
     "eagle3": {"head": "eagle3-target-w4"},
-    "peagle": {"head": "peagle-target"},
+    "peagle": {"head": "peagle-target-w4"},
     "medusa": {"head": "medusa-target"},
     "cascade": {"draft_model": "intermediate-w4", "head": "eagle-intermediate"},
 }
