@@ -3,22 +3,27 @@
 //
 // Weights of 4 bits are the unsigned operand (0..15), so that AVX2's maddubs never saturates; the offset of 8 comes off
 // as 8 * sum(x). Those of 8 bits would overflow its sums of two products: they meet activations of 16 bits in madd,
-// which adds two products into 32.
+// which adds two products into 32. VNNI adds four products of bytes into 32 bits and cannot overflow: there weights of 8
+// bits are unsigned operands too, w + 128.
 #pragma once
 
 namespace quantspec {
 
 // ---- Activations. A block of up to 64 rows holds its codes, then its scales, then its sums; within each, tile by
-// tile: codes as dwords of four k [K / 4][tile], or of two where the weights have 8 bits, scales and sums
+// tile: codes as dwords of four k [K / 4][tile], or of two where weights of 8 bits meet 16 (`PAIRS`), scales and sums
 // [groups][tile].
 
-#if defined(__AVX512BW__)
-constexpr int INT8_TILE = 8;
+// Tokens that share each weight, as many as there are registers for: VNNI needs one accumulator for each vector of
+// output rows, the others a second one, of 16 bits.
+#if defined(__AVX512VNNI__)
+constexpr int INT8_TILE = 10;
+constexpr bool PAIRS = false;
 #else
 constexpr int INT8_TILE = 6;
+constexpr bool PAIRS = true;
 #endif
 
-inline int group_dwords(const Linear& w) { return w.group / (w.format == Q8 ? 2 : 4); }
+inline int group_dwords(const Linear& w) { return w.group / (PAIRS && w.format == Q8 ? 2 : 4); }
 inline int64_t int8_row_bytes(const Linear& w) { return int64_t(w.groups()) * (group_dwords(w) * 4 + 8); }
 
 struct Int8Block {
@@ -76,7 +81,7 @@ inline void quantize_row(const Linear& w, int n, int row, float* x, float* input
     for (int k = 0; k < group; k += LANES) {
       const vi code = inverse == 0 ? set1(0) : to_int(mul(load(x + k), set1(inverse)));
       total = add(total, code);
-      if (w.format == Q8) {
+      if (PAIRS && w.format == Q8) {
         store_pairs(code, codes, width);
         codes += 4 * width;
       } else {
@@ -91,7 +96,8 @@ inline void quantize_row(const Linear& w, int n, int row, float* x, float* input
 
 // ---- Integer dot products. A `Dot` multiplies a vector of weights (4 nibbles in each 32-bit lane, one lane an output
 // row) by four activations: `mul` starts a partial sum, `mac` adds to it up to seven times, `flush` adds it to the
-// 32-bit sums. `pairs` are two weights of 8 bits in each lane, which `mac_pairs` multiplies by two activations.
+// 32-bit sums. `pairs` are two weights of 8 bits in each lane, which `mac_pairs` multiplies by two activations. With
+// VNNI `mac` adds to the 32-bit sums at once, and `quads` are four weights of 8 bits in each lane.
 
 #if defined(__AVX512BW__)
 struct Dot {
@@ -102,21 +108,47 @@ struct Dot {
   static V high(V v) { return low(_mm512_srli_epi16(v, 4)); }
   static V broadcast(int32_t x) { return _mm512_set1_epi32(x); }
   static V zero() { return _mm512_setzero_si512(); }
+#if defined(__AVX512VNNI__)
+  static V mac(V sum, V w, V x) {  // _mm512_dpbusd_epi32, around which GCC 12 copies the sums, and then spills them
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+  }
+  // Two steps of two k each, 32 output rows: w + 128 in four of them a lane. Lanes come in the order of the unpacking,
+  // 0-3, 8-11, 16-19, 24-27 and then the others, which `in_order` undoes.
+  static void quads(const uint8_t* p, V (&weights)[2]) {
+    const V origin = _mm512_set1_epi8(-128), first = load(p), second = load(p + 64);
+    weights[0] = _mm512_xor_si512(_mm512_unpacklo_epi16(first, second), origin);
+    weights[1] = _mm512_xor_si512(_mm512_unpackhi_epi16(first, second), origin);
+  }
+  static void in_order(V& a, V& b) {
+    const V low = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), b);
+    b = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), b);
+    a = low;
+  }
+#else
   static V pairs(const uint8_t* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-#if defined(__AVX512VNNI__)
-  static V mac_pairs(V total, V w, V x) { return _mm512_dpwssd_epi32(total, w, x); }
-  static V mul(V w, V x) { return _mm512_dpbusd_epi32(zero(), w, x); }
-  static V mac(V sum, V w, V x) { return _mm512_dpbusd_epi32(sum, w, x); }
-  static V flush(V total, V sum) { return _mm512_add_epi32(total, sum); }
-#else
   static V mac_pairs(V total, V w, V x) { return _mm512_add_epi32(total, _mm512_madd_epi16(w, x)); }
   static V mul(V w, V x) { return _mm512_maddubs_epi16(w, x); }
   static V mac(V sum, V w, V x) { return _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, x)); }
   static V flush(V total, V sum) { return _mm512_add_epi32(total, _mm512_madd_epi16(sum, _mm512_set1_epi16(1))); }
 #endif
-  static vi half(V v, int part) { return part ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v); }
+  static V zeros(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static V without(V total, V zeros, int32_t sum) {
+    return _mm512_sub_epi32(total, _mm512_mullo_epi32(zeros, broadcast(sum)));
+  }
+  using F = __m512;
+  static F scales(int type, const uint8_t* group, int row) {
+    if (type == F32) return _mm512_loadu_ps(group + row * 4);
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + row * 2));
+    if (type == F16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static void add_to(float* out, V total, F scales, float scale) {
+    const F product = _mm512_mul_ps(scales, _mm512_set1_ps(scale));
+    _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), product, _mm512_loadu_ps(out)));
+  }
 };
 #elif defined(QS_AVX2)
 struct Dot {
@@ -136,7 +168,13 @@ struct Dot {
     return sum;
   }
   static V flush(V total, V sum) { return _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
-  static vi half(V v, int) { return v; }
+  static V zeros(const uint8_t* p) { return load_u8(p); }
+  static V without(V total, V zeros, int32_t sum) { return sub(total, quantspec::mul(zeros, set1(sum))); }
+  using F = vf;
+  static F scales(int type, const uint8_t* group, int row) { return load_as(type, group, row); }
+  static void add_to(float* out, V total, F scales, float scale) {
+    store(out, fma(to_float(total), quantspec::mul(scales, set1(scale)), quantspec::load(out)));
+  }
 };
 #else
 struct Dot {
@@ -162,9 +200,53 @@ struct Dot {
     return sum;
   }
   static V flush(V total, V sum) { return add(total, sum); }
-  static vi half(V v, int) { return v; }
+  static V zeros(const uint8_t* p) { return load_u8(p); }
+  static V without(V total, V zeros, int32_t sum) { return sub(total, quantspec::mul(zeros, set1(sum))); }
+  using F = vf;
+  static F scales(int type, const uint8_t* group, int row) { return load_as(type, group, row); }
+  static void add_to(float* out, V total, F scales, float scale) {
+    store(out, fma(to_float(total), quantspec::mul(scales, set1(scale)), quantspec::load(out)));
+  }
 };
 #endif
+
+#if defined(__AVX512VNNI__)
+
+// Adds a group of weights, for 32 output rows and T tokens. `ahead` advances by `stride` for each cache line or two:
+// what later steps will read.
+template <int R, int T, bool EIGHT>
+inline void dot_group(const uint8_t* codes, int steps, const int32_t* x, Dot::V (&total)[R][T], const char*& ahead,
+                      int stride) {
+  static_assert(R == 2, "a vector has 16 output rows");
+  for (int step = 0; step < steps; step++) {
+    QS_UNROLL(2)
+    for (int half = 0; half < 2; half++) {
+      if (EIGHT || half == 0) {
+        prefetch(ahead);
+        prefetch(ahead + 64);
+        ahead += stride;
+      }
+      Dot::V weights[2];
+      if (EIGHT) {
+        Dot::quads(codes + half * 128, weights);
+      } else {
+        for (int r = 0; r < 2; r++) {
+          const Dot::V both = Dot::load(codes + r * 64);
+          weights[r] = half ? Dot::high(both) : Dot::low(both);
+        }
+      }
+      for (int t = 0; t < T; t++) {
+        const Dot::V token = Dot::broadcast(x[half * T + t]);
+        for (int r = 0; r < 2; r++) total[r][t] = Dot::mac(total[r][t], weights[r], token);
+      }
+    }
+    codes += EIGHT ? 256 : 128;
+    x += 2 * T;
+  }
+  for (int t = 0; EIGHT && t < T; t++) Dot::in_order(total[0][t], total[1][t]);
+}
+
+#else
 
 // Adds a group of 4-bit weights, for R vectors of output rows and T tokens. `ahead` advances by `stride` a step: what
 // later steps will read.
@@ -227,6 +309,18 @@ inline void dot_pairs(const uint8_t* codes, int steps, const int32_t* x, Dot::V 
   }
 }
 
+template <int R, int T, bool EIGHT>
+inline void dot_group(const uint8_t* codes, int steps, const int32_t* x, Dot::V (&total)[R][T], const char*& ahead,
+                      int stride) {
+  if (EIGHT) {
+    dot_pairs<R, T>(codes, steps, x, total, ahead, stride);
+  } else {
+    dot_nibbles<R, T>(codes, steps, x, total, ahead, stride);
+  }
+}
+
+#endif
+
 // Vectors of output rows that a tile of T tokens takes together, as many as there are registers for.
 constexpr int vectors(int T) { return T <= 2 || Dot::rows == 16 ? 32 / Dot::rows : 2; }
 
@@ -245,43 +339,35 @@ template <int T, bool EIGHT, bool ASYMMETRIC>
 void int8_tile(const Linear& w, const Int8Tile& first, float* out) {
   Int8Tile tile = first;  // by reference: passed by value it goes through memory, and stalls each call
   using V = Dot::V;
-  constexpr int R = vectors(T), PARTS = Dot::rows / LANES;
+  constexpr int R = vectors(T);
+  constexpr bool SIGNED = EIGHT && PAIRS;
   // Copies, since the compiler must assume that a store of floats could change the fields behind a reference.
   const int steps = w.group / 8, scale_type = w.scale_type;
   const int64_t group_bytes = w.group_bytes(), codes_offset = w.codes_offset() + tile.row * (EIGHT ? 2 : 4);
   const int64_t zeros_offset = w.scale_bytes() + tile.row;
-  vf y[R * PARTS][T];
-  for (int r = 0; r < R * PARTS; r++) {
-    for (int t = 0; t < T; t++) y[r][t] = load(out + t * 32 + tile.row + r * LANES);
-  }
+  out += tile.row;
   for (int g = 0; g < tile.groups; g++) {
     V total[R][T];
     for (int t = 0; t < T; t++) {
       // What the codes' and the zero points' origins differ by.
-      const V origin = EIGHT == ASYMMETRIC ? Dot::broadcast((EIGHT ? 128 : -8) * tile.sums[t]) : Dot::zero();
-      for (int r = 0; r < R; r++) total[r][t] = origin;
+      constexpr int origin = SIGNED ? 128 : EIGHT ? -128 : -8;
+      const V start = SIGNED == ASYMMETRIC ? Dot::broadcast(origin * tile.sums[t]) : Dot::zero();
+      for (int r = 0; r < R; r++) total[r][t] = start;
     }
-    const uint8_t* codes = tile.panel + codes_offset;
-    if (EIGHT) {
-      dot_pairs<R, T>(codes, steps, tile.x, total, tile.ahead, tile.stride);
-    } else {
-      dot_nibbles<R, T>(codes, steps, tile.x, total, tile.ahead, tile.stride);
-    }
-    for (int r = 0; r < R * PARTS; r++) {
-      const vf scale = load_as(scale_type, tile.panel, tile.row + r * LANES);
+    dot_group<R, T, EIGHT>(tile.panel + codes_offset, steps, tile.x, total, tile.ahead, tile.stride);
+    for (int r = 0; r < R; r++) {
+      const Dot::F scales = Dot::scales(scale_type, tile.panel, tile.row + r * Dot::rows);
       for (int t = 0; t < T; t++) {
-        vi sum = Dot::half(total[r / PARTS][t], r % PARTS);
-        if (ASYMMETRIC) sum = sub(sum, mul(load_u8(tile.panel + zeros_offset + r * LANES), set1(tile.sums[t])));
-        y[r][t] = fma(to_float(sum), mul(scale, set1(tile.scales[t])), y[r][t]);
+        if (ASYMMETRIC) {
+          total[r][t] = Dot::without(total[r][t], Dot::zeros(tile.panel + zeros_offset + r * Dot::rows), tile.sums[t]);
+        }
+        Dot::add_to(out + t * 32 + r * Dot::rows, total[r][t], scales, tile.scales[t]);
       }
     }
     tile.panel += group_bytes;
-    tile.x += steps * (EIGHT ? 4 : 2) * T;
+    tile.x += steps * (EIGHT && PAIRS ? 4 : 2) * T;
     tile.scales += T;
     tile.sums += T;
-  }
-  for (int r = 0; r < R * PARTS; r++) {
-    for (int t = 0; t < T; t++) store(out + t * 32 + tile.row + r * LANES, y[r][t]);
   }
 }
 
@@ -301,9 +387,11 @@ inline Int8Kernel int8_kernel(const Linear& w, int width) {
     case 4: return int8_kernel<4>(w);
     case 5: return int8_kernel<5>(w);
     case 6: return int8_kernel<6>(w);
-#if defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
     case 7: return int8_kernel<7>(w);
     case 8: return int8_kernel<8>(w);
+    case 9: return int8_kernel<9>(w);
+    case 10: return int8_kernel<10>(w);
 #endif
   }
   std::abort();
