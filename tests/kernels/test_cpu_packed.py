@@ -14,7 +14,7 @@ import torch
 
 from quantspec.errors import ModelError, UsageError
 from quantspec.kernels.cpu import library
-from quantspec.kernels.cpu.build import build
+from quantspec.kernels.cpu.build import LEVELS, build, cpu_level
 from quantspec.kernels.cpu.packed import Arena, PackedLinear, pack
 from quantspec.numerics.affine import QuantizedWeight, dequantize, quantize
 from quantspec.numerics.scheme import Scheme
@@ -114,15 +114,20 @@ def test_rows_have_the_same_bits_at_every_width(kind: str, threads: int) -> None
         library.set_threads(before)
 
 
-def test_levels_agree_to_the_bit() -> None:
+LEVELS_HERE = list(LEVELS)[list(LEVELS).index(cpu_level()) + 1 :]
+"""Those below this processor's own."""
+
+
+@pytest.mark.parametrize("level", LEVELS_HERE)
+def test_levels_agree_to_the_bit(level: str) -> None:
     """Portable and vector code: sums of integers are free in their order, and fp32 ones have one order everywhere."""
-    portable = library.open_library(build("portable").path)
+    other = library.open_library(build(level).path)
     arguments = [c_void_p, c_void_p, c_int64, c_int, c_void_p, c_int64, c_int, c_int]
-    matmul = library.bind("qs_matmul", None, arguments, portable)
+    matmul = library.bind("qs_matmul", None, arguments, other)
     n, k = 70, 424
     weights = [pack(random_weight(n, k, scheme)) for scheme in SCHEMES] + [pack(rows(n, k).bfloat16())]
     for packed in weights:
-        for width in (1, 2, 3, 5, 11):
+        for width in (1, 2, 3, 5, 11, 14, 15, 29):  # tiles of every length are in test_rows_have_the_same_bits
             x, y = rows(width, k), torch.empty(width, n)
             for integer in (True, False):
                 packed.integer = integer
@@ -130,11 +135,13 @@ def test_levels_agree_to_the_bit() -> None:
                 assert torch.equal(packed(x), y), (packed.struct.format, width, integer)
 
 
-def test_largest_codes_do_not_overflow() -> None:
-    """Every 16-bit partial sum at its bound: all weights at the end of the range, all activations at +-127."""
-    for code, sign in ((7, 1.0), (-8, 1.0), (7, -1.0), (-8, -1.0)):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_largest_codes_do_not_overflow(bits: int) -> None:
+    """Every partial sum at its bound: all weights at the end of the range, all activations at +-127."""
+    least = -(2 ** (bits - 1))
+    for code, sign in ((-least - 1, 1.0), (least, 1.0), (-least - 1, -1.0), (least, -1.0)):
         codes = torch.full((32, 256), code, dtype=torch.int8)
-        weight = QuantizedWeight(codes, torch.ones(32, 2), None, Scheme(4, 128, dtype="float32"))
+        weight = QuantizedWeight(codes, torch.ones(32, 2), None, Scheme(bits, 128, dtype="float32"))
         y = pack(weight)(torch.full((5, 256), sign * 127.0))
         assert (y == sign * 127 * code * 256).all()
 
