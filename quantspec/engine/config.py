@@ -7,6 +7,7 @@ be carried over without translation.
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -119,6 +120,10 @@ class EngineConfig:
                 words = tuple(map(str, choices))
                 hint = did_you_mean(str(value), words) or f"one of {', '.join(words)}"
                 raise UsageError(f"unknown {name} {value!r}", hint=hint)
+        for name in ("model", "draft_model", "head", "profile"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, os.PathLike)) and not (value is None and name != "model"):
+                raise UsageError(f"{name} must be a folder or a name, not {value!r}")
         for name, least in (
             ("num_speculative_tokens", 0),
             ("min_draft", 1),

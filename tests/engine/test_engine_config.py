@@ -25,6 +25,8 @@ from quantspec.errors import UsageError
         ({"head_bits": 5}, "unknown head_bits 5", "one of 4, 8, 16"),
         ({"activations": "bf16"}, "unknown activations 'bf16'", None),
         ({"rule": "typical"}, "unknown rule 'typical'", "ratio"),
+        ({"head": ["a", "b"]}, "head must be a folder or a name, not .'a', 'b'.", None),
+        ({"speculative_config": {"method": "eagle", "model": 5}}, "head must be a folder or a name, not 5", None),
         ({"num_speculative_tokens": -1}, "num_speculative_tokens must be a whole number of at least 0, not -1", None),
         ({"min_draft": 0}, "min_draft", None),
         ({"max_batch": True}, "max_batch must be a whole number", None),
