@@ -1,7 +1,7 @@
 """A whole model's decoding: tokens/s, where a step's time goes, what it reads, and the cost curve v(n) of its forward.
 
-A step reads every packed weight once, and the keys and values of the context; embeddings are a row or so. An 8-bit
-weight takes twice the instructions of a 4-bit one, so its multiply-adds count twice in the bound.
+A step reads every packed weight once, and the keys and values of the context; embeddings are a row or so. Without VNNI
+an 8-bit weight takes twice the instructions of a 4-bit one, so its multiply-adds count twice in the bound.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from quantspec.calibrate.cost.timing import alternate
 from quantspec.engine.build import DEFAULT_TARGET
 from quantspec.errors import UsageError
 from quantspec.kernels.cpu import probes
+from quantspec.kernels.cpu.build import cpu_level
 from quantspec.kernels.cpu.forward import PARTS
 from quantspec.kernels.cpu.packed import PackedLinear
 from quantspec.models.cache import KVCache
@@ -108,7 +109,8 @@ class Work:
     macs: int
 
     @classmethod
-    def of(cls, model: CpuDecoder, context: int) -> Work:
+    def of(cls, model: CpuDecoder, context: int, level: str) -> Work:
+        """``level``: of the processor, see ``build.LEVELS``."""
         layers, head = model._layers, model._head
         linears = {
             "qkv": [layer.qkv for layer in layers],
@@ -121,7 +123,7 @@ class Work:
         return cls(
             {part: sum(one.nbytes for one in each) for part, each in linears.items()},
             per_token * context,
-            sum(_macs(one) for each in linears.values() for one in each),
+            sum(_macs(one, level) for each in linears.values() for one in each),
         )
 
     @property
@@ -129,9 +131,9 @@ class Work:
         return sum(self.weight_bytes.values()) + self.kv_bytes
 
 
-def _macs(linear: PackedLinear) -> int:
+def _macs(linear: PackedLinear, level: str) -> int:
     rows, cols = linear.shape
-    return rows * cols * (2 if linear.struct.format == _Q8 else 1)
+    return rows * cols * (2 if linear.struct.format == _Q8 and level != "avx512vnni" else 1)
 
 
 def run(config: DecodeBench, notice: Notice = lambda line: None) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def run(config: DecodeBench, notice: Notice = lambda line: None) -> dict[str, An
     steps, spent = decoding.decode(config.tokens)
     curve = decoding.curve(widths, config.rounds, config.seed)
     machine = best(machine, look_at_machine(threads, config.group_size or _GROUP_SIZE))
-    work = Work.of(model, config.context)
+    work = Work.of(model, config.context, cpu_level())
     return {**machine.json(), **_report(config, threads, machine, work, steps, spent, curve, model)}
 
 

@@ -172,4 +172,5 @@ def _chain_time(curve: CostCurve) -> DraftTime:
 
 
 def _one_forward(curve: CostCurve) -> DraftTime:
+    """Of a head without a path network, as the published ones are."""
     return lambda levels, nodes, batch: curve.at(levels * batch, curve.contexts[0])

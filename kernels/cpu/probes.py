@@ -25,7 +25,7 @@ PREFETCH = (0, 512, 1024, 2048, 4096)
 """Bytes ahead of the reading; 0 leaves it to the processor."""
 PAGE_BYTES = (4096, 2 * 2**20)
 LEAST_BYTES = 256 * 2**20
-TILE_ROWS = (4, 5, 8, 10, 16, 20)
+TILE_ROWS = (4, 5, 6, 8, 10, 16, 20)
 """Numbers of rows whose inputs stay in the first-level cache beside the weights."""
 DEFAULT_L3 = 32 * 2**20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")

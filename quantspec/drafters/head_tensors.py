@@ -75,7 +75,14 @@ class HeadStore:
         for own, tensor in dense.items():
             # isfinite knows no 8-bit floats.
             numbers = tensor.float() if tensor.element_size() == 1 else tensor
-            if own.endswith((_WEIGHT, ".bias")) and not (tensor.is_floating_point() and numbers.isfinite().all()):
+            if tensor.dtype == torch.float64:
+                dense[own] = tensor.float()
+            if not own.endswith((_WEIGHT, ".bias")):
+                continue
+            if not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ModelError(f"{self.folder}: tensor {names[own]} has {kind} values, which no weight can have")
+            if not numbers.isfinite().all():
                 hint = "train the head again with a lower --lr, or download it again"
                 raise ModelError(f"{self.folder}: tensor {names[own]} does not hold finite numbers", hint=hint)
         return HeadTensors({**dense, **{own: to_dense(weight) for own, weight in packed.items()}}, packed)

@@ -12,6 +12,7 @@ corrected by the token before it. It is still one forward of the layers and of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class PEagle(Eagle3):
             return Rows(logits[level.number] + added, self._ids)
 
         first = Rows(logits[:1], self._ids)
+        budget = replace(budget, level_price=0.0)  # all slots have run: what is left of a level costs next to nothing
         return grow(view, budget, depth, self.options.top_k, tau, self.name, first, deeper)
 
     def _forward(self, state: FeatureState, tokens: Sequence[int], depth: int) -> Tensor:

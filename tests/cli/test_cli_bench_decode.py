@@ -104,11 +104,12 @@ def test_decoding_leaves_the_context_as_it_was() -> None:
 
 
 @native
-def test_work_counts_an_8_bit_weight_twice() -> None:
-    work = Work.of(random_decoder(SMALL, 32, integer=True, seed=0), context=1)
+@pytest.mark.parametrize("level, times", [("avx2", 2), ("avx512", 2), ("avx512vnni", 1)])
+def test_work_counts_an_8_bit_weight_by_its_instructions(level: str, times: int) -> None:
+    work = Work.of(random_decoder(SMALL, 32, integer=True, seed=0), context=1, level=level)
     layer = 64 * (2 + 2) * 32 + 64 * 64 + 64 * 3 * 96  # q, k, v; o; gate, up, down
-    assert work.macs == 2 * layer + 2 * 100 * 64
-    dense = Work.of(random_decoder(SMALL, 32, integer=False, seed=0), context=1)
+    assert work.macs == 2 * layer + times * 100 * 64
+    dense = Work.of(random_decoder(SMALL, 32, integer=False, seed=0), context=1, level=level)
     assert dense.macs == 2 * layer + 100 * 64
     assert dense.weight_bytes["head"] == 128 * 64 * 2  # bf16, rows filled up to panels of 32
 

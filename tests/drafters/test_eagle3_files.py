@@ -147,7 +147,7 @@ WRONG = vocabulary(IDS)
         ({"eagle_config": {"parallel_draft_step": 4}}, changed(), "parallel_draft_step 4"),
         ({"eagle_config": [1, 3, 5]}, changed(), "eagle_config is not an object"),
         ({}, changed(norm__weight=torch.full((HIDDEN,), torch.nan)), "norm.weight does not hold finite numbers"),
-        ({}, changed(norm__weight=torch.ones(HIDDEN, dtype=torch.int32)), "norm.weight does not hold finite numbers"),
+        ({}, changed(norm__weight=torch.ones(HIDDEN, dtype=torch.int32)), "norm.weight has int32 values"),
         ({"eagle_config": {TOP: [1, 3, 5]}, TOP: [1, 3, 5]}, changed(), "twice, and differently"),
         ({TOP: [1.5]}, changed(), "layer ids must be"),
         ({TOP: []}, changed(), "layer ids must be"),

@@ -93,14 +93,16 @@ def test_dense_weights_and_bias(dtype: torch.dtype, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["q4 int8", "q4 fp32", "q8 int8", "q8 fp32", "asymmetric int8", "bf16", "f32"])
+@pytest.mark.parametrize(
+    "kind", ["q4 int8", "q4 fp32", "q8 int8", "q8 fp32", "asymmetric int8", "q8 asymmetric int8", "bf16", "f32"]
+)
 def test_rows_have_the_same_bits_at_every_width(kind: str, threads: int) -> None:
     n, k = 203, 424  # odd N, a ragged last group
     x = rows(64, k)
     if kind in ("bf16", "f32"):
         packed = pack(rows(n, k, seed=3).to(torch.bfloat16 if kind == "bf16" else torch.float32))
     else:
-        scheme = Scheme(8 if kind.startswith("q8") else 4, 128, symmetric=not kind.startswith("asym"))
+        scheme = Scheme(8 if kind.startswith("q8") else 4, 128, symmetric="asymmetric" not in kind)
         packed = pack(random_weight(n, k, scheme), integer=kind.endswith("int8"))
     before = library.bind("qs_threads", c_int, [])()
     library.set_threads(threads)

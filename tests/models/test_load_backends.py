@@ -36,13 +36,17 @@ def w4(pair: GetPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed_and_dense(pair("qwen3").folder, tmp_path_factory.mktemp("w4"), Scheme(4, 32))["packed"]
 
 
-@pytest.fixture
-def torch_int4(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine where torch's operator counts as good."""
+def set_torch_int4(monkeypatch: pytest.MonkeyPatch, missing: str | None) -> None:
+    """Whatever this processor is: torch's operator counts as good, or is missing for a reason."""
     backends = (
-        replace(each, missing=lambda: None) if each.name == "torch-int4" else each for each in dispatch.BACKENDS
+        replace(each, missing=lambda: missing) if each.name == "torch-int4" else each for each in dispatch.BACKENDS
     )
     monkeypatch.setattr(dispatch, "BACKENDS", tuple(backends))
+
+
+@pytest.fixture
+def torch_int4(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_torch_int4(monkeypatch, None)
 
 
 @pytest.mark.parametrize(
@@ -103,15 +107,18 @@ def test_torch_int4_in_the_eager_decoder(pair: GetPair, tmp_path: Path, symmetri
     assert float((logits(folder, backend="torch-int4") - logits(folder, backend="reference-fast")).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("int4", [None, "torch's operator is slow here"])
 def test_without_a_compiler_the_reference_runs_and_says_why(
-    w4: Path, pair: GetPair, monkeypatch: pytest.MonkeyPatch
+    w4: Path, pair: GetPair, monkeypatch: pytest.MonkeyPatch, int4: str | None
 ) -> None:
     monkeypatch.setattr(library, "usable", lambda: NO_COMPILER)
+    set_torch_int4(monkeypatch, int4)
     for folder in (w4, pair("llama").folder):
         model = load_model(folder)
         assert (model.backend, model.row_invariant) == ("reference-exact", True)
         assert model.notes == (f"slower kernels run: {NO_COMPILER}",)
-        assert load_model(folder, mode="fast").backend == "reference-fast"
+        fast = "torch-int4" if folder == w4 and int4 is None else "reference-fast"
+        assert load_model(folder, mode="fast").backend == fast
         assert load_model(folder, backend="reference-exact").notes == ()
     with pytest.raises(UsageError, match="cpu-int8 cannot run this model here: no C"):
         load_model(w4, backend="cpu-int8")

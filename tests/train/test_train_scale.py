@@ -67,6 +67,8 @@ def test_a_grid_is_trained_once_fitted_and_drawn(grid: ScaleConfig, monkeypatch:
 
 
 def test_a_folder_of_other_runs_is_refused(grid: ScaleConfig) -> None:
+    with suppress(UsageError):  # what is there already is not trained again
+        scale.run(grid)
     with pytest.raises(UsageError, match="holds runs with another unroll than 3"):
         scale.run(replace(grid, unroll=3))
     with pytest.raises(UsageError, match=r"another optim.lr than 0.5"):

@@ -61,7 +61,8 @@ class PEagleMethod(Eagle3Method):
             raise UsageError("depths, partitions and layers must be at least 1, and a path's rank at least 0")
         most = min(base.shape.hidden, config.draft_vocab_size or base.vocab)
         if config.path_rank > most:
-            raise UsageError(f"a path's rank of {config.path_rank} is above {most}, the rank of the base's LM head")
+            whose = "the base's LM head" if most == base.shape.hidden else "an LM head of the draft vocabulary"
+            raise UsageError(f"a path's rank of {config.path_rank} is above {most}, the rank of {whose}")
         if not (0 < config.keep <= 1 and 0 <= config.keep_least <= 1):
             raise UsageError(f"keep {config.keep} and keep_least {config.keep_least} must be shares, keep above 0")
         self.mask_token = int(torch.bincount(texts.ids.long(), minlength=base.vocab).argmin())
@@ -79,8 +80,9 @@ class PEagleMethod(Eagle3Method):
         embedding = self.net.embed_tokens.weight.copy_(self.base.model.embed_tokens.weight)
         if (path := self.net.path) is not None:
             # What the rank leaves of the LM head, and embeddings as large as the outputs beside them.
-            main = torch.linalg.svd(self.net.lm_head.weight, full_matrices=False).Vh[: self.config.path_rank]
-            path.lm_head.weight.copy_(self.net.lm_head.weight @ main.T)
+            lm_head = self.net.lm_head.weight
+            main = torch.linalg.eigh(lm_head.T @ lm_head).eigenvectors[:, -self.config.path_rank :]
+            path.lm_head.weight.copy_(lm_head @ main)
             for layer in (path.gate_proj, path.up_proj):
                 layer.weight[:, embedding.shape[1] :] /= embedding.pow(2).mean().sqrt()
 

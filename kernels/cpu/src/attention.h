@@ -11,8 +11,8 @@
 
 namespace quantspec {
 
-// That share each loaded key and value, about; and more where these are decoded first.
-constexpr int QUERIES = 8, DECODED_QUERIES = 16;
+// That share each loaded key and value, about.
+constexpr int QUERIES = 16;
 
 struct Shape {
   int heads, kv_heads, head_dim;

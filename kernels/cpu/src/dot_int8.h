@@ -45,9 +45,13 @@ struct Dot {
   static V pairs(const uint8_t* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static V mac_pairs(V total, V w, V x) { return _mm512_add_epi32(total, _mm512_madd_epi16(w, x)); }
+  static V mac_pairs(V total, V w, V x) { return in_turn(_mm512_add_epi32(total, _mm512_madd_epi16(w, x))); }
   static V mul(V w, V x) { return _mm512_maddubs_epi16(w, x); }
-  static V mac(V sum, V w, V x) { return _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, x)); }
+  static V mac(V sum, V w, V x) { return in_turn(_mm512_add_epi16(sum, _mm512_maddubs_epi16(w, x))); }
+  static V in_turn(V sum) {  // see below
+    asm("" : "+v"(sum));
+    return sum;
+  }
   static V flush(V total, V sum) { return _mm512_add_epi32(total, _mm512_madd_epi16(sum, _mm512_set1_epi16(1))); }
 #endif
   static V zeros(const uint8_t* p) {

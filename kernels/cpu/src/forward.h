@@ -113,8 +113,7 @@ class Forward {
 
   // Rows of one sequence that share loaded keys and values, a few at a time.
   void divide_rows() {
-    const int together = format_.bits == 32 ? QUERIES : DECODED_QUERIES;
-    const int group = shape_.group(), most = group >= together ? 1 : together / group;
+    const int group = shape_.group(), most = group >= QUERIES ? 1 : QUERIES / group;
     block_count_ = 0;
     for (int row = first_; row < first_ + count_;) {
       const int s = table_.sequence[row], end = int(least(table_.starts[s + 1], first_ + count_));
