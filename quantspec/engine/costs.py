@@ -103,8 +103,8 @@ class DraftCost(Record):
     """Seconds of one draft: ``fixed + levels * per_level + nodes * per_node``; and ``prefill_per_token``, once.
 
     A level is one step of a draft model, one forward of a head that grows a tree, or one more slot of a P-EAGLE head's
-    only forward (and of its path network); Medusa heads and prompt lookup have ``fixed`` alone. Of a cascade these are what comes on top of its
-    inner rounds.
+    only forward (and of its path network); Medusa heads and prompt lookup have ``fixed`` alone. Of a cascade these are
+    what comes on top of its inner rounds.
     """
 
     prefill_per_token: float = 0.0
