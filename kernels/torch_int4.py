@@ -3,6 +3,9 @@
 The operator computes ``x @ W.T`` with ``W = (u - 8) * scale + zero`` for codes u of 0 to 15 and one (scale, zero) pair
 per group and output. It wants N in multiples of 16 and K in whole groups: both are padded here. Its rows change with
 the width of a call, so it is not row-invariant.
+
+Inputs, scales and outputs are rounded to bf16: the operator has vector code for that type alone. On 4096 x 4096 one row
+takes 0.43 ms (AVX-512) or 1.0 ms (AVX2) with it, 14 ms in fp32 or fp16, dense fp32 3.9 ms.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ _MIDDLE = 8
 
 
 class TorchInt4Linear:
-    """``x [n, K] @ W [N, K].T + bias [N]`` in fp32, over 4-bit codes in groups of 32, 64, 128 or 256."""
+    """``x [n, K] @ W [N, K].T + bias [N]`` over 4-bit codes in groups of 32, 64, 128 or 256."""
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         scheme, (n, k) = weight.scheme, weight.codes.shape
@@ -34,11 +37,11 @@ class TorchInt4Linear:
             zero[:n] = -scale[:n] * weight.zero_point
         self._order = weight.order
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        self._scale_and_zero = torch.stack((scale.t(), zero.t()), dim=-1).contiguous()
+        self._scale_and_zero = torch.stack((scale.t(), zero.t()), dim=-1).bfloat16().contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x if self._order is None else x.index_select(1, self._order)
-        padded = F.pad(x, (0, self._more_k)).contiguous()
+        padded = F.pad(x, (0, self._more_k)).bfloat16().contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(padded, self._packed, self._group, self._scale_and_zero)
-        y = y[:, : self.out_features].contiguous()
+        y = y[:, : self.out_features].float()
         return y if self.bias is None else y + self.bias

@@ -212,6 +212,7 @@ def _load(
     if backend.name in dispatch.NATIVE:
         from quantspec.models.load_cpu import load_cpu_decoder
 
+        assert backend.activations != "bf16", "torch's operator alone"
         return load_cpu_decoder(folder, config, backend.activations, kv)
     packer = TorchInt4Linear if backend.name == "torch-int4" else None
     decoder = load_decoder(folder, config, device, backend.row_invariant, packer, kv)

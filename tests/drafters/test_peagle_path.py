@@ -141,7 +141,14 @@ def test_a_chain_follows_its_own_tokens_in_one_forward(family, monkeypatch: pyte
     assert draft.is_chain
     assert draft.tokens == chain
     assert sizes == [7 + 4]
-    for budget, count in ((Budget(3, 9), 3), (Budget(9, 2), 2), (Budget(9, 9, draft.scores[3]), 3), (Budget(0, 0), 0)):
+    dear = Budget(5, 5, level_price=10.0)  # as a level is for a head that has yet to run it
+    for budget, count in (
+        (Budget(3, 9), 3),
+        (Budget(9, 2), 2),
+        (Budget(9, 9, draft.scores[3]), 3),
+        (Budget(0, 0), 0),
+        (dear, 5),
+    ):
         assert propose(drafter, observed(drafter, streams, view), view, budget).tokens == chain[:count]
     ended = view_of(tokens, stops=frozenset({chain[2]}))
     assert propose(drafter, observed(drafter, streams, ended), ended, Budget(5, 5)).tokens == chain[:3]
