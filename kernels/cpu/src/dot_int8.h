@@ -10,6 +10,19 @@
 
 namespace quantspec {
 
+// What follows a group's products, eight output rows at a time.
+struct EightRows {
+  static constexpr int rows = 8;
+  using V = vi;
+  using F = vf;
+  static V zeros(const uint8_t* p) { return load_u8(p); }
+  static V without(V total, V zeros, int32_t sum) { return sub(total, mul(zeros, set1(sum))); }
+  static F scales(int type, const uint8_t* group, int row) { return load_as(type, group, row); }
+  static void add_to(float* out, V total, F scales, float scale) {
+    store(out, fma(to_float(total), mul(scales, set1(scale)), load(out)));
+  }
+};
+
 // A `Dot` multiplies a vector of weights (4 nibbles in each 32-bit lane, one lane an output row) by four activations:
 // `mul` starts a partial sum, `mac` adds to it up to seven times, `flush` adds it to the 32-bit sums. `pairs` are two
 // weights of 8 bits in each lane, which `mac_pairs` multiplies by two activations. With VNNI `mac` adds to the 32-bit
@@ -48,7 +61,7 @@ struct Dot {
   static V mac_pairs(V total, V w, V x) { return in_turn(_mm512_add_epi32(total, _mm512_madd_epi16(w, x))); }
   static V mul(V w, V x) { return _mm512_maddubs_epi16(w, x); }
   static V mac(V sum, V w, V x) { return in_turn(_mm512_add_epi16(sum, _mm512_maddubs_epi16(w, x))); }
-  static V in_turn(V sum) {  // see below
+  static V in_turn(V sum) {  // as with AVX2, below
     asm("" : "+v"(sum));
     return sum;
   }
@@ -73,9 +86,7 @@ struct Dot {
   }
 };
 #elif defined(QS_AVX2)
-struct Dot {
-  using V = __m256i;
-  static constexpr int rows = 8;
+struct Dot : EightRows {
   static V load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const V*>(p)); }
   static V low(V v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
   static V high(V v) { return low(_mm256_srli_epi16(v, 4)); }
@@ -90,18 +101,9 @@ struct Dot {
     return sum;
   }
   static V flush(V total, V sum) { return _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
-  static V zeros(const uint8_t* p) { return load_u8(p); }
-  static V without(V total, V zeros, int32_t sum) { return sub(total, quantspec::mul(zeros, set1(sum))); }
-  using F = vf;
-  static F scales(int type, const uint8_t* group, int row) { return load_as(type, group, row); }
-  static void add_to(float* out, V total, F scales, float scale) {
-    store(out, fma(to_float(total), quantspec::mul(scales, set1(scale)), quantspec::load(out)));
-  }
 };
 #else
-struct Dot {
-  using V = vi;
-  static constexpr int rows = 8;
+struct Dot : EightRows {
   static V load(const uint8_t* p) { return quantspec::load(reinterpret_cast<const int32_t*>(p)); }
   static V low(V v) { return bit_and(v, set1(0x0f0f0f0f)); }
   static V high(V v) { return low(shift_right(v, 4)); }
@@ -122,13 +124,6 @@ struct Dot {
     return sum;
   }
   static V flush(V total, V sum) { return add(total, sum); }
-  static V zeros(const uint8_t* p) { return load_u8(p); }
-  static V without(V total, V zeros, int32_t sum) { return sub(total, quantspec::mul(zeros, set1(sum))); }
-  using F = vf;
-  static F scales(int type, const uint8_t* group, int row) { return load_as(type, group, row); }
-  static void add_to(float* out, V total, F scales, float scale) {
-    store(out, fma(to_float(total), quantspec::mul(scales, set1(scale)), quantspec::load(out)));
-  }
 };
 #endif
 
