@@ -138,7 +138,7 @@ def _torch_int4() -> str | None:
     found = torch.backends.cpu.get_cpu_capability()
     if any(level in found for level in ("AVX2", "AVX512", "AMX")):
         return None
-    return f"torch has int4 kernels for AVX2, AVX-512 and AMX; here ({found}) it is 5 times slower than dense fp32"
+    return f"torch has int4 kernels for AVX2, AVX-512 and AMX; here ({found}) it is slower than dense fp32"
 
 
 def _cuda() -> str | None:

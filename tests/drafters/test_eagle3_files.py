@@ -180,6 +180,13 @@ def test_what_does_not_fit_of_speculators_is_refused(tmp_path: Path, more: dict,
         read_eagle3(save(tmp_path / "head", SPECULATORS | more, head_tensors()))
 
 
+def test_fp64_becomes_fp32(tmp_path: Path) -> None:
+    norm = torch.linspace(0.5, 1.5, HIDDEN, dtype=torch.float64)
+    _, read, _ = read_eagle3(save(tmp_path / "head", FLAT, changed(norm__weight=norm)))
+    assert read["norm.weight"].dtype == torch.float32
+    assert torch.equal(read["norm.weight"], norm.float())
+
+
 def test_a_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(FLAT))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")

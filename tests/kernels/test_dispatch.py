@@ -254,7 +254,7 @@ def test_torch_int4_where_it_is_good(monkeypatch: pytest.MonkeyPatch, capability
     finally:
         dispatch._torch_int4.cache_clear()
     assert (reason is None) == usable
-    assert usable or f"({capability}) it is 5 times slower" in (reason or "")
+    assert usable or f"({capability}) it is slower" in (reason or "")
 
 
 def test_table_says_usable_or_why_not(machine: dict[str, str | None]) -> None:

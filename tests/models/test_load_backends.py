@@ -103,10 +103,10 @@ def test_torch_int4_in_the_eager_decoder(pair: GetPair, tmp_path: Path, symmetri
     assert (model.backend, model.row_invariant) == ("torch-int4", False)
     assert [isinstance(layer.down, TorchInt4Linear) for layer in model.layers] == [True, False, True]
     assert all(isinstance(layer.qkv, TorchInt4Linear) for layer in model.layers)
-    # The same weights; inputs, scales and outputs rounded to bf16 (1/256 each) in three layers of random weights. A
+    # The same weights; inputs, scales and outputs rounded to bf16 in three layers of random weights: 0.5 to 0.8%. A
     # wrong scale or layer gives a relative error near 1.
     expected = logits(folder, backend="reference-fast")
-    assert 0 < float((logits(folder, backend="torch-int4") - expected).norm() / expected.norm()) < 0.05
+    assert 0 < float((logits(folder, backend="torch-int4") - expected).norm() / expected.norm()) < 0.02
 
 
 @pytest.mark.parametrize("int4", [None, "torch's operator is slow here"])

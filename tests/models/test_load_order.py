@@ -108,9 +108,9 @@ def test_torch_int4(pair: GetPair, tmp_path: Path, orders: Callable[[bool], None
         orders(shared)
         cpu, config = torch.device("cpu"), ModelConfig.load(packed)
         decoder = load_decoder(packed, config, cpu, exact=False, pack=TorchInt4Linear)
-        # Inputs, scales and outputs in bf16 (1/256 each), in layers of random weights; columns in another order give 1.
+        # Inputs, scales and outputs in bf16, in layers of random weights: 0.8%; columns in another order give over 10%.
         expected = reference(packed)
-        assert float((logits(decoder) - expected).norm() / expected.norm()) < 0.05
+        assert float((logits(decoder) - expected).norm() / expected.norm()) < 0.02
         assert decoder.notes == (() if shared else (f"5 {UNFUSED}",))
 
 

@@ -348,10 +348,22 @@ def test_a_path_network_starts_where_there_was_none(model: Path, texts: Rollouts
     assert refused.value.hint == "give its path rank"
 
 
+def test_a_path_begins_with_what_the_lm_head_says_most(model: Path, texts: Rollouts) -> None:
+    method = PEagleMethod(PEagleConfig(model, model, model, layer_ids=(0, 1), path_rank=8), load_net(model), texts)
+    assert method.net.path is not None
+    weight, path = method.net.lm_head.weight.detach(), method.net.path.lm_head.weight.detach()
+    u, s, _ = torch.linalg.svd(weight.double(), full_matrices=False)
+    best = (u[:, :8] * s[:8] ** 2) @ u[:, :8].T
+    # Eigenvectors of W^T W in fp32 err by 1e-7 of the largest eigenvalue over the gap to the next one.
+    assert float((path.double() @ path.double().T - best).norm() / best.norm()) < 1e-3
+    assert s[7] > 1.001 * s[8]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path_rank": 33}, "a path's rank of 33 is above 32"),
+        ({"path_rank": 33}, "a path's rank of 33 is above 32, the rank of the base's LM head"),
+        ({"path_rank": 21, "draft_vocab_size": 20}, "above 20, the rank of an LM head of the draft vocabulary"),
         ({"path_rank": -1}, "a path's rank at least 0"),
         ({"keep": 0.0}, "keep 0.0"),
         ({"depths": 0}, "at least 1"),

@@ -149,31 +149,18 @@ void int8_tile(const Linear& w, const Int8Tile& first, float* out) {
 using Int8Kernel = void (*)(const Linear&, const Int8Tile&, float*);
 
 template <int T>
-inline Int8Kernel int8_kernel(const Linear& w) {
+inline Int8Kernel int8_kernel_of(const Linear& w) {
   if (w.format == Q8) return w.asymmetric ? int8_tile<T, true, true> : int8_tile<T, true, false>;
   return w.asymmetric ? int8_tile<T, false, true> : int8_tile<T, false, false>;
 }
 
+template <int T = INT8_TILE>
 inline Int8Kernel int8_kernel(const Linear& w, int width) {
-  switch (width) {
-    case 1: return int8_kernel<1>(w);
-    case 2: return int8_kernel<2>(w);
-    case 3: return int8_kernel<3>(w);
-    case 4: return int8_kernel<4>(w);
-    case 5: return int8_kernel<5>(w);
-    case 6: return int8_kernel<6>(w);
-#if defined(__AVX512VNNI__)
-    case 7: return int8_kernel<7>(w);
-    case 8: return int8_kernel<8>(w);
-    case 9: return int8_kernel<9>(w);
-    case 10: return int8_kernel<10>(w);
-    case 11: return int8_kernel<11>(w);
-    case 12: return int8_kernel<12>(w);
-    case 13: return int8_kernel<13>(w);
-    case 14: return int8_kernel<14>(w);
-#endif
+  if constexpr (T == 0) {
+    std::abort();
+  } else {
+    return width == T ? int8_kernel_of<T>(w) : int8_kernel<T - 1>(w, width);
   }
-  std::abort();
 }
 
 // Eight groups of 128, with their scales, which take half of a first-level cache of 32 KB; the tokens' codes need the
